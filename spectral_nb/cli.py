@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_errors', 'out_folder', 'load_source', 'spectral_analyze', 'spectral_train', 'spectral_prune', 'spectral_demo']
 
-# %% ../nbs/60_cli.ipynb #c921915c
+# %% ../nbs/60_cli.ipynb #b926ae44
 import sys, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.script import call_parse
 
-# %% ../nbs/60_cli.ipynb #efe3acc0
+# %% ../nbs/60_cli.ipynb #f1539060
 @contextmanager
 def plain_errors(
     name:str, # the command
@@ -23,7 +23,7 @@ def plain_errors(
     try: yield
     except (ValueError, TypeError, OSError) as e: sys.exit(f'{name}: {e}')
 
-# %% ../nbs/60_cli.ipynb #a788ea97
+# %% ../nbs/60_cli.ipynb #02a733e6
 def out_folder(
     path, # folder for results
 )->Path: # the folder, which exists and can be written
@@ -36,13 +36,13 @@ def out_folder(
     except OSError as e: raise ValueError(f"results cannot be written to {path} ({e.strerror}): choose another folder with --out") from None
     return path
 
-# %% ../nbs/60_cli.ipynb #f5e8a287
+# %% ../nbs/60_cli.ipynb #4e18cc50
 def _check(ok, message):
     if not ok: raise ValueError(message)
 
 def _show(title, df): print(f'\n{title}\n{df.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="")}')
 
-# %% ../nbs/60_cli.ipynb #4cc5af9a
+# %% ../nbs/60_cli.ipynb #aed57105
 def load_source(
     source:str, # a checkpoint file, or the name of a network
 ): # tensors by name, or a module
@@ -55,7 +55,7 @@ def load_source(
     if source in list_models(): return get_model(source, weights=None)
     raise ValueError(f"{source!r} is neither a file ({', '.join(FORMATS)}) nor a network: known are {', '.join(ARCHS)} and those of torchvision.models, such as resnet18")
 
-# %% ../nbs/60_cli.ipynb #d354c1bf
+# %% ../nbs/60_cli.ipynb #14011df4
 @call_parse
 def spectral_analyze(
     source:str, # a .safetensors or .pt file of tensors, or a network by name (then with random weights)
@@ -74,7 +74,7 @@ def spectral_analyze(
         _show('Means', pd.DataFrame([summarize(df)]))
         if csv: write_text(csv, df.to_csv(index=False))
 
-# %% ../nbs/60_cli.ipynb #cba4c0b3
+# %% ../nbs/60_cli.ipynb #33c33de6
 def _check_training(epochs, max_lr):
     _check(epochs>0, f'epochs={epochs}: train for one at least')
     _check(max_lr>0, f'max_lr={max_lr} must be above 0')
@@ -87,7 +87,7 @@ def _dls(data, bs, seed, items=None, size=None):
     _check(items is None or data!='digits', f'items={items}: digits are few and always taken whole, leave --items out')
     return get(bs=bs, seed=seed, **{k: v for k,v in dict(items=items, size=size).items() if v is not None})
 
-# %% ../nbs/60_cli.ipynb #f5c33798
+# %% ../nbs/60_cli.ipynb #272fdf5e
 @call_parse
 def spectral_train(
     arch:str='vgg19', # network: vgg19 or densenet40
@@ -122,7 +122,7 @@ def spectral_train(
         _show(f'{arch} on {len(dls.train_ds)} images of {data}', pd.DataFrame([res]))
         print(f'\nwritten to {folder}: model.safetensors, history.csv, layers.csv')
 
-# %% ../nbs/60_cli.ipynb #77d7d3cd
+# %% ../nbs/60_cli.ipynb #8db39c61
 @call_parse
 def spectral_prune(
     model:str, # the .safetensors file that spectral_train or this command wrote
@@ -148,14 +148,16 @@ def spectral_prune(
         full, folder, dls = load_slim(model), out_folder(out), _dls(data, bs, seed, items, size)
         report = prune(full, dls.valid.one_batch()[0][:1], target, ratios=ratios, importance=importance)
         learn = learner_for(dls, report.model)
-        rows = [dict(step='before') | evaluate(learner_for(dls, full)), dict(step='pruned') | evaluate(learn)]
-        if epochs: rows.append(dict(step='fine-tuned') | fit_run(learn, epochs, max_lr, seed, TotalBar(n_batches(dls, epochs), 'fine-tuning')))
+        bar = TotalBar(n_batches(dls, epochs)+2*len(dls.valid), 'evaluation')
+        rows = [dict(step='before') | evaluate(learner_for(dls, full), bar), dict(step='pruned') | evaluate(learn, bar)]
+        bar.what = 'fine-tuning'
+        if epochs: rows.append(dict(step='fine-tuned') | fit_run(learn, epochs, max_lr, seed, bar))
         save_slim(report.model, folder/'model.safetensors'); write_text(folder/'layers.csv', report.table.to_csv(index=False))
         _show('Layers', report.table[['layer', 'score', 'ratio', 'channels_before', 'channels_after', 'params_after', 'flops_after']])
         _show('Accuracy', pd.DataFrame(rows))
         print(f'\n{report}\nwritten to {folder}: model.safetensors, layers.csv')
 
-# %% ../nbs/60_cli.ipynb #16b23855
+# %% ../nbs/60_cli.ipynb #582e1ab5
 @call_parse
 def spectral_demo(
     epochs:int=8, # passes of each training; fine-tuning takes a third of them

@@ -6,7 +6,7 @@
 __all__ = ['Demo', 'demo_batches', 'run_demo', 'rates_table', 'layers_table', 'prune_table', 'plot_best_esd', 'plot_kept',
            'demo_networks', 'demo_report']
 
-# %% ../nbs/55_demo.ipynb #6a9e5612
+# %% ../nbs/55_demo.ipynb #dd6d7621
 from functools import partial
 from typing import NamedTuple
 import pandas as pd, matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ from .report import html_report
 from .data import digits_dls
 from .experiment import TotalBar, Run, analyze_all, compare_lr, compare_prune, make_learner, n_batches
 
-# %% ../nbs/55_demo.ipynb #5a9dcef7
+# %% ../nbs/55_demo.ipynb #18880aa9
 class Demo(NamedTuple):
     "The networks of a demo."
     start:dict     # name -> network before training
@@ -27,16 +27,17 @@ class Demo(NamedTuple):
     dense:Run      # DenseNet40, trained
     pruned:list    # `Run` of DenseNet40 for each kind of ratios
 
-# %% ../nbs/55_demo.ipynb #33c02c0d
+# %% ../nbs/55_demo.ipynb #b3505dac
 def demo_batches(
     get_dls, # function without arguments that makes the data
     epochs:int, # epochs of each training
     tune:int, # epochs of each fine-tuning
 )->int: # batches
     "What `run_demo` takes, for a `TotalBar`."
-    return n_batches(get_dls(), 3*epochs+2*tune)
+    dls = get_dls()
+    return n_batches(dls, 3*epochs+2*tune) + 2*len(dls.valid)
 
-# %% ../nbs/55_demo.ipynb #730f669c
+# %% ../nbs/55_demo.ipynb #155f6e33
 def run_demo(
     get_dls, # function without arguments that makes the data, the same at each call
     epochs:int=8, # epochs of each training
@@ -55,14 +56,14 @@ def run_demo(
     start = {f'{a}, start': make_learner(get_dls(), a, seed=seed, **kw).model for a,kw in (('vgg19', vgg), ('densenet40', dense))}
     return Demo(start, rates, base, pruned)
 
-# %% ../nbs/55_demo.ipynb #1b275e6e
+# %% ../nbs/55_demo.ipynb #d3c8000c
 def rates_table(
     demo:Demo, # from `run_demo`
 )->pd.DataFrame: # one row per network of `demo.rates`
     "Learning rates and accuracy."
     return pd.DataFrame([dict(network=r.name, lowest=r.detail.mult.min(), highest=r.detail.mult.max(), loss=r.row['loss'], accuracy=r.row['accuracy']) for r in demo.rates])
 
-# %% ../nbs/55_demo.ipynb #3dee4dbd
+# %% ../nbs/55_demo.ipynb #3c61a9b4
 def layers_table(
     run:Run, # a network of `Demo.rates`
 )->pd.DataFrame: # one row per layer
@@ -72,7 +73,7 @@ def layers_table(
     df = analyze(run.model, progress=False)[['name', 'N', 'M', 'alpha', 'D', 'stable_rank']]
     return df.join(last, on='name')
 
-# %% ../nbs/55_demo.ipynb #8878f96e
+# %% ../nbs/55_demo.ipynb #aa321cb5
 def prune_table(
     demo:Demo, # from `run_demo`
 )->pd.DataFrame: # one row per network, the full one first
@@ -81,7 +82,7 @@ def prune_table(
     full = dict(network=demo.dense.name, channels=r.channels[0], params=r.params[0], flops=r.flops[0], accuracy=demo.dense.row['accuracy'])
     return pd.DataFrame([full] + [dict(network=r.name, **{k: r.row[k] for k in ('channels', 'params', 'flops', 'at_once', 'accuracy')}) for r in demo.pruned])
 
-# %% ../nbs/55_demo.ipynb #f4be165f
+# %% ../nbs/55_demo.ipynb #4592f3a3
 def plot_best_esd(
     run:Run, # a trained network
 ): # the axes
@@ -92,7 +93,7 @@ def plot_best_esd(
     ax = plot_esd(evals, fit_tail(evals), label=f'{name}, {run.name}')
     return ax
 
-# %% ../nbs/55_demo.ipynb #90a1126b
+# %% ../nbs/55_demo.ipynb #18925915
 def plot_kept(
     demo:Demo, # from `run_demo`
 ): # the axes, one above the other
@@ -102,7 +103,7 @@ def plot_kept(
     axs[0].set(xlabel='')
     return axs
 
-# %% ../nbs/55_demo.ipynb #481ecaba
+# %% ../nbs/55_demo.ipynb #cf788112
 def demo_networks(
     demo:Demo, # from `run_demo`
 )->dict: # name -> network, in the order of the story
@@ -110,7 +111,7 @@ def demo_networks(
     vgg, dense = demo.start.items()
     return dict([vgg, *((r.name, r.model) for r in demo.rates), dense, *((r.name, r.model) for r in (demo.dense, *demo.pruned))])
 
-# %% ../nbs/55_demo.ipynb #7e8444bd
+# %% ../nbs/55_demo.ipynb #f8da018f
 def demo_report(
     demo:Demo, # from `run_demo`
     layers:pd.DataFrame, # from `analyze_all` of the `demo_networks`

@@ -6,7 +6,7 @@
 __all__ = ['LRS', 'pick', 'learner_for', 'make_learner', 'TotalBar', 'n_batches', 'evaluate', 'fit_run', 'Run', 'compare_lr',
            'compare_prune', 'analyze_all']
 
-# %% ../nbs/50_experiment.ipynb #902d564f
+# %% ../nbs/50_experiment.ipynb #385a97b2
 import time
 from functools import partial
 from typing import NamedTuple
@@ -23,10 +23,10 @@ from .lr import ASSIGN, layer_groups
 from .lr_callback import SpectralLR
 from .prune import prune
 
-# %% ../nbs/50_experiment.ipynb #25fa5378
+# %% ../nbs/50_experiment.ipynb #da5e0c12
 LRS = {'spectral': 'linear', **{h: h for h in ASSIGN}} # name of an allocation -> `how` of `assign_lr`
 
-# %% ../nbs/50_experiment.ipynb #b9a131a2
+# %% ../nbs/50_experiment.ipynb #e0286a7d
 def pick(
     what:str, # what is chosen, for the message
     name:str, # the key asked for
@@ -36,7 +36,7 @@ def pick(
     if name not in choices: raise ValueError(f"{what} {name!r} is not known: use one of {', '.join(choices)}")
     return choices[name]
 
-# %% ../nbs/50_experiment.ipynb #28dcbe66
+# %% ../nbs/50_experiment.ipynb #a3aabb1f
 def learner_for(
     dls, # fastai `DataLoaders`
     model:nn.Module, # network to train
@@ -46,7 +46,7 @@ def learner_for(
     "A learner for `model` that reports accuracy."
     return Learner(dls, model, opt_func=partial(SGD, mom=0.9), splitter=layer_groups, wd=wd, metrics=accuracy, cbs=cbs)
 
-# %% ../nbs/50_experiment.ipynb #89b00e40
+# %% ../nbs/50_experiment.ipynb #5b64c9c1
 def make_learner(
     dls, # fastai `DataLoaders`
     arch:str='vgg19', # a key of `ARCHS`
@@ -61,7 +61,7 @@ def make_learner(
     model = pick('arch', arch, ARCHS)(n_out=dls.c, c_in=dls.train.dataset.x.shape[1], **kwargs)
     return learner_for(dls, model, cbs, wd)
 
-# %% ../nbs/50_experiment.ipynb #b607a5cc
+# %% ../nbs/50_experiment.ipynb #b12a40c3
 class TotalBar(Callback):
     "A progress bar over the batches of several fits."
     order = ProgressCallback.order
@@ -71,7 +71,7 @@ class TotalBar(Callback):
         self.n, self.bar.comment = min(self.n+1, self.bar.total), self.what
         self.bar.update(self.n)
 
-# %% ../nbs/50_experiment.ipynb #fa807647
+# %% ../nbs/50_experiment.ipynb #587dfe12
 def n_batches(
     dls, # fastai `DataLoaders`
     epochs:int, # epochs of training, each with its validation
@@ -79,27 +79,28 @@ def n_batches(
     "What a fit takes, for a `TotalBar`."
     return epochs*(len(dls.train)+len(dls.valid))
 
-# %% ../nbs/50_experiment.ipynb #22dbde89
+# %% ../nbs/50_experiment.ipynb #ac19b95a
 def evaluate(
     learn:Learner, # learner with a validation set
+    bar:TotalBar=None, # progress, None for none
 )->dict: # `loss` and `accuracy` on the validation set
     "How good the network is now."
-    with learn.no_bar(), learn.no_logging(): return dict(zip(('loss', 'accuracy'), map(float, learn.validate())))
+    with learn.no_bar(), learn.no_logging(): return dict(zip(('loss', 'accuracy'), map(float, learn.validate(cbs=bar))))
 
-# %% ../nbs/50_experiment.ipynb #e7fe78c9
+# %% ../nbs/50_experiment.ipynb #40c0ace4
 def fit_run(
     learn:Learner, # learner to train
     epochs:int, # epochs of `fit_one_cycle`
     max_lr:float, # its largest rate
     seed:int=0, # of whatever is random in training
     bar:TotalBar=None, # progress, None for none
-)->dict: # `loss` and `accuracy` on the validation set
-    "Train, then measure."
+)->dict: # `loss` and `accuracy` on the validation set after the last epoch
+    "Train under the one-cycle schedule."
     set_seed(seed)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, max_lr, cbs=bar)
-    return evaluate(learn)
+    return dict(zip(('loss', 'accuracy'), map(float, learn.recorder.values[-1][1:])))
 
-# %% ../nbs/50_experiment.ipynb #3f3edd93
+# %% ../nbs/50_experiment.ipynb #7c371398
 class Run(NamedTuple):
     "A network and what is known of it."
     name:str # what tells it from the others
@@ -107,7 +108,7 @@ class Run(NamedTuple):
     row:dict # its results
     detail:object # history of learning rates, or the `PruneReport`
 
-# %% ../nbs/50_experiment.ipynb #8d7644eb
+# %% ../nbs/50_experiment.ipynb #2f034a51
 def compare_lr(
     get_dls, # function without arguments that makes the data, the same at each call
     lrs=('uniform', 'spectral'), # keys of `LRS`
@@ -127,7 +128,7 @@ def compare_lr(
         runs.append(Run(f'{arch}, {lr}', learn.model, row, learn.spectral_lr.history))
     return runs
 
-# %% ../nbs/50_experiment.ipynb #f77f1358
+# %% ../nbs/50_experiment.ipynb #d5109363
 def compare_prune(
     get_dls, # function without arguments that makes the data, the same at each call
     model:nn.Module, # trained network, left as it is
@@ -146,12 +147,12 @@ def compare_prune(
         report = prune(model, dls.valid.one_batch()[0][:1], target, ratios=r, **kwargs)
         learn = learner_for(dls, report.model)
         if bar: bar.what = f'fine-tuning, {r} ratios'
-        at_once = evaluate(learn)['accuracy']
+        at_once = evaluate(learn, bar)['accuracy']
         row = dict(ratios=r, channels=report.channels[1], params=report.params[1], flops=report.flops[1], at_once=at_once)
         runs.append(Run(f'pruned, {r}', report.model, row | fit_run(learn, epochs, max_lr, seed, bar), report))
     return runs
 
-# %% ../nbs/50_experiment.ipynb #4e2cfa09
+# %% ../nbs/50_experiment.ipynb #859c0dd1
 def analyze_all(
     models:dict, # name -> network
     **kwargs, # see `analyze`
