@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/70_all.ipynb #8eea043c
+# %% ../nbs/70_all.ipynb #8c19575f
 from .matrices import *
 from .tail import *
+from .goodness import *
 from .metrics import *
 from .checkpoints import *
 from .plots import *
 from .report import *
+from .model_report import *
 from .data import *
 from .models import *
 from .lr import *

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['plain_errors', 'out_folder', 'load_source', 'spectral_analyze', 'spectral_train', 'spectral_prune', 'spectral_demo']
 
-# %% ../nbs/60_cli.ipynb #b926ae44
+# %% ../nbs/60_cli.ipynb #9eacd74b
 import sys, warnings
 from contextlib import contextmanager
 from functools import partial
+from json import dumps, loads
 from pathlib import Path
 import pandas as pd
 from fastcore.script import call_parse
 
-# %% ../nbs/60_cli.ipynb #f1539060
+# %% ../nbs/60_cli.ipynb #e7a48fd3
 @contextmanager
 def plain_errors(
     name:str, # the command
@@ -23,7 +24,7 @@ def plain_errors(
     try: yield
     except (ValueError, TypeError, OSError) as e: sys.exit(f'{name}: {e}')
 
-# %% ../nbs/60_cli.ipynb #02a733e6
+# %% ../nbs/60_cli.ipynb #28d9db04
 def out_folder(
     path, # folder for results
 )->Path: # the folder, which exists and can be written
@@ -36,45 +37,80 @@ def out_folder(
     except OSError as e: raise ValueError(f"results cannot be written to {path} ({e.strerror}): choose another folder with --out") from None
     return path
 
-# %% ../nbs/60_cli.ipynb #4e18cc50
+# %% ../nbs/60_cli.ipynb #8dd4782c
 def _check(ok, message):
     if not ok: raise ValueError(message)
 
 def _show(title, df): print(f'\n{title}\n{df.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="")}')
 
-# %% ../nbs/60_cli.ipynb #aed57105
+# %% ../nbs/60_cli.ipynb #35c7fa09
 def load_source(
-    source:str, # a checkpoint file, or the name of a network
+    source:str, # a checkpoint (file, index of shards or folder), or the name of a network
 ): # tensors by name, or a module
     "The weights that `source` names."
     from torchvision.models import get_model, list_models
     from spectral_nb.checkpoints import FORMATS, load_weights
     from spectral_nb.models import ARCHS
-    if Path(source).suffix in FORMATS or Path(source).exists(): return load_weights(source)
+    if Path(source).suffix in [*FORMATS, '.json'] or Path(source).exists(): return load_weights(source)
     if source in ARCHS: return ARCHS[source]()
     if source in list_models(): return get_model(source, weights=None)
-    raise ValueError(f"{source!r} is neither a file ({', '.join(FORMATS)}) nor a network: known are {', '.join(ARCHS)} and those of torchvision.models, such as resnet18")
+    raise ValueError(f"{source!r} is neither a file or folder ({', '.join(FORMATS)}) nor a network: known are {', '.join(ARCHS)} and those of torchvision.models, such as resnet18")
 
-# %% ../nbs/60_cli.ipynb #14011df4
+# %% ../nbs/60_cli.ipynb #275f397a
+def _printable(name): return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+def _show_some(title, df, most=200):
+    "Show the first rows, with names that are safe to print."
+    _show(title + (f' (the first {most}; --csv has all)' if len(df)>most else ''), df[:most].assign(name=df.name[:most].map(_printable)))
+
+# %% ../nbs/60_cli.ipynb #2bb83ffa
+def _as_json(df, source): return dumps(dict(source=source, means=loads(pd.DataFrame([_means(df)]).to_json(orient='records'))[0], layers=loads(df.to_json(orient='records'))), indent=1)
+
+def _means(df):
+    from spectral_nb.metrics import summarize
+    return summarize(df)
+
+# %% ../nbs/60_cli.ipynb #e0fb4728
+def _load_pair(source, base):
+    "The weights to analyse, what is to be said about them, and the layers left out with the reason."
+    from spectral_nb.checkpoints import delta
+    from spectral_nb.matrices import skipped_layers
+    if base:
+        d = delta(load_source(base), load_source(source))
+        return d, f'The difference of {source} and {base}.', d.skipped
+    model = load_source(source)
+    return model, f'The weights of {source}' + ('.' if hasattr(model, 'keys') else ', a network by name: they are random, as before training.'), skipped_layers(model)
+
+# %% ../nbs/60_cli.ipynb #59d2eef5
 @call_parse
 def spectral_analyze(
-    source:str, # a .safetensors or .pt file of tensors, or a network by name (then with random weights)
-    fit:str='ks', # how the tail of the spectrum is fitted: ks or hill
-    conv:str='pool', # how a convolution becomes matrices: pool or flat
+    source:str, # checkpoint (a .safetensors, .pt, .pth or .bin file, an index of shards or a folder), or a network by name (then with random weights)
+    base:str=None, # analyse the difference of source and this checkpoint, as after fine-tuning
+    fit:str='ks', # how the tail of the spectrum is fitted: ks, hill or peak
+    conv:str='pool', # how a convolution becomes matrices: pool, flat or fft
     layers:str=None, # only the layers that match this pattern, such as 'features.*'
     csv:str=None, # write all columns to this file too
+    json:str=None, # write all columns and the means to this file too
+    html:str=None, # write a report in words and pictures to this file too
 ):
-    "Print the spectral metrics of every layer of a checkpoint or network."
+    "Print the spectral metrics of every layer of a checkpoint or network. Status 0: done, 1: bad input, 2: bad usage."
     with plain_errors('spectral_analyze'):
-        from spectral_nb.metrics import analyze, summarize
+        from spectral_nb.metrics import analyze
+        from spectral_nb.model_report import findings, model_report, overview
         from spectral_nb.report import write_text
-        if csv: out_folder(Path(csv).parent)
-        df = analyze(load_source(source), fit, conv, layers)
-        _show(f'{len(df)} layers of {source}', df[['name', 'type', 'N', 'M', 'rf', 'alpha', 'D', 'num_pl_spikes', 'stable_rank', 'log_spectral_norm', 'warning']])
-        _show('Means', pd.DataFrame([summarize(df)]))
+        for f in filter(None, (csv, json, html)): out_folder(Path(f).parent)
+        model, about, skipped = _load_pair(source, base)
+        df = analyze(model, fit, conv, layers)
+        _show_some(f'{len(df)} layers of {source}', df[['name', 'type', 'N', 'M', 'rf', 'alpha', 'D', 'num_pl_spikes', 'stable_rank', 'log_spectral_norm', 'warning']])
+        _show_some('What stands out', findings(df), 40)
+        if skipped: _show_some('Not analysed', pd.DataFrame([*skipped.items()], columns=['name', 'why']), 40)
+        _show('Means', pd.DataFrame([_means(df)]))
+        print('\n' + ' '.join(overview(df)))
         if csv: write_text(csv, df.to_csv(index=False))
+        if json: write_text(json, _as_json(df, source))
+        if html: write_text(html, model_report(df, f'Spectra of {Path(source).name}', model, conv, [about], skipped))
 
-# %% ../nbs/60_cli.ipynb #33c33de6
+# %% ../nbs/60_cli.ipynb #a886f38a
 def _check_training(epochs, max_lr):
     _check(epochs>0, f'epochs={epochs}: train for one at least')
     _check(max_lr>0, f'max_lr={max_lr} must be above 0')
@@ -87,7 +123,7 @@ def _dls(data, bs, seed, items=None, size=None):
     _check(items is None or data!='digits', f'items={items}: digits are few and always taken whole, leave --items out')
     return get(bs=bs, seed=seed, **{k: v for k,v in dict(items=items, size=size).items() if v is not None})
 
-# %% ../nbs/60_cli.ipynb #272fdf5e
+# %% ../nbs/60_cli.ipynb #253de565
 @call_parse
 def spectral_train(
     arch:str='vgg19', # network: vgg19 or densenet40
@@ -122,7 +158,7 @@ def spectral_train(
         _show(f'{arch} on {len(dls.train_ds)} images of {data}', pd.DataFrame([res]))
         print(f'\nwritten to {folder}: model.safetensors, history.csv, layers.csv')
 
-# %% ../nbs/60_cli.ipynb #8db39c61
+# %% ../nbs/60_cli.ipynb #2b20e4e6
 @call_parse
 def spectral_prune(
     model:str, # the .safetensors file that spectral_train or this command wrote
@@ -157,7 +193,7 @@ def spectral_prune(
         _show('Accuracy', pd.DataFrame(rows))
         print(f'\n{report}\nwritten to {folder}: model.safetensors, layers.csv')
 
-# %% ../nbs/60_cli.ipynb #582e1ab5
+# %% ../nbs/60_cli.ipynb #8259975b
 @call_parse
 def spectral_demo(
     epochs:int=8, # passes of each training; fine-tuning takes a third of them

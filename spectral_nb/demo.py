@@ -6,7 +6,7 @@
 __all__ = ['Demo', 'demo_batches', 'run_demo', 'rates_table', 'layers_table', 'prune_table', 'plot_best_esd', 'plot_kept',
            'demo_networks', 'demo_report']
 
-# %% ../nbs/55_demo.ipynb #dd6d7621
+# %% ../nbs/55_demo.ipynb #bfea039a
 from functools import partial
 from typing import NamedTuple
 import pandas as pd, matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ from .report import html_report
 from .data import digits_dls
 from .experiment import TotalBar, Run, analyze_all, compare_lr, compare_prune, make_learner, n_batches
 
-# %% ../nbs/55_demo.ipynb #18880aa9
+# %% ../nbs/55_demo.ipynb #95d4df68
 class Demo(NamedTuple):
     "The networks of a demo."
     start:dict     # name -> network before training
@@ -27,7 +27,7 @@ class Demo(NamedTuple):
     dense:Run      # DenseNet40, trained
     pruned:list    # `Run` of DenseNet40 for each kind of ratios
 
-# %% ../nbs/55_demo.ipynb #b3505dac
+# %% ../nbs/55_demo.ipynb #cd707d2e
 def demo_batches(
     get_dls, # function without arguments that makes the data
     epochs:int, # epochs of each training
@@ -37,7 +37,7 @@ def demo_batches(
     dls = get_dls()
     return n_batches(dls, 3*epochs+2*tune) + 2*len(dls.valid)
 
-# %% ../nbs/55_demo.ipynb #155f6e33
+# %% ../nbs/55_demo.ipynb #142aa6b0
 def run_demo(
     get_dls, # function without arguments that makes the data, the same at each call
     epochs:int=8, # epochs of each training
@@ -56,14 +56,14 @@ def run_demo(
     start = {f'{a}, start': make_learner(get_dls(), a, seed=seed, **kw).model for a,kw in (('vgg19', vgg), ('densenet40', dense))}
     return Demo(start, rates, base, pruned)
 
-# %% ../nbs/55_demo.ipynb #d3c8000c
+# %% ../nbs/55_demo.ipynb #98499715
 def rates_table(
     demo:Demo, # from `run_demo`
 )->pd.DataFrame: # one row per network of `demo.rates`
     "Learning rates and accuracy."
     return pd.DataFrame([dict(network=r.name, lowest=r.detail.mult.min(), highest=r.detail.mult.max(), loss=r.row['loss'], accuracy=r.row['accuracy']) for r in demo.rates])
 
-# %% ../nbs/55_demo.ipynb #3c61a9b4
+# %% ../nbs/55_demo.ipynb #77f75b9a
 def layers_table(
     run:Run, # a network of `Demo.rates`
 )->pd.DataFrame: # one row per layer
@@ -73,7 +73,7 @@ def layers_table(
     df = analyze(run.model, progress=False)[['name', 'N', 'M', 'alpha', 'D', 'stable_rank']]
     return df.join(last, on='name')
 
-# %% ../nbs/55_demo.ipynb #aa321cb5
+# %% ../nbs/55_demo.ipynb #e39a7fbc
 def prune_table(
     demo:Demo, # from `run_demo`
 )->pd.DataFrame: # one row per network, the full one first
@@ -82,7 +82,7 @@ def prune_table(
     full = dict(network=demo.dense.name, channels=r.channels[0], params=r.params[0], flops=r.flops[0], accuracy=demo.dense.row['accuracy'])
     return pd.DataFrame([full] + [dict(network=r.name, **{k: r.row[k] for k in ('channels', 'params', 'flops', 'at_once', 'accuracy')}) for r in demo.pruned])
 
-# %% ../nbs/55_demo.ipynb #4592f3a3
+# %% ../nbs/55_demo.ipynb #6488ac98
 def plot_best_esd(
     run:Run, # a trained network
 ): # the axes
@@ -93,7 +93,7 @@ def plot_best_esd(
     ax = plot_esd(evals, fit_tail(evals), label=f'{name}, {run.name}')
     return ax
 
-# %% ../nbs/55_demo.ipynb #18925915
+# %% ../nbs/55_demo.ipynb #c9851c60
 def plot_kept(
     demo:Demo, # from `run_demo`
 ): # the axes, one above the other
@@ -103,7 +103,7 @@ def plot_kept(
     axs[0].set(xlabel='')
     return axs
 
-# %% ../nbs/55_demo.ipynb #cf788112
+# %% ../nbs/55_demo.ipynb #75f08038
 def demo_networks(
     demo:Demo, # from `run_demo`
 )->dict: # name -> network, in the order of the story
@@ -111,7 +111,13 @@ def demo_networks(
     vgg, dense = demo.start.items()
     return dict([vgg, *((r.name, r.model) for r in demo.rates), dense, *((r.name, r.model) for r in (demo.dense, *demo.pruned))])
 
-# %% ../nbs/55_demo.ipynb #f8da018f
+# %% ../nbs/55_demo.ipynb #9d72c8a1
+def _log_alpha(dfs):
+    "Alpha by depth on a log scale, for it is far larger before training than after."
+    ax = plot_depth(dfs)
+    ax.set(yscale='log')
+    return ax
+
 def demo_report(
     demo:Demo, # from `run_demo`
     layers:pd.DataFrame, # from `analyze_all` of the `demo_networks`
@@ -123,6 +129,6 @@ def demo_report(
     return html_report('spectral_nb: measure, allocate, prune', about,
         H2('Learning rates by layer'), 'Lowest and highest are factors on the schedule of the global rate; loss and accuracy are those of the validation images.', rates_table(demo),
         'The factor of a layer follows its alpha at the start of the epoch: a larger alpha, a lighter tail, a larger step.', plot_epochs(spectral.detail, 'lr'),
-        H2('Layers of VGG19'), layers_table(spectral), plot_depth(vgg), plot_best_esd(spectral),
+        H2('Layers of VGG19'), layers_table(spectral), _log_alpha(vgg), plot_best_esd(spectral),
         H2('Pruning DenseNet40'), 'flops are multiply-adds of one image; at_once is the accuracy right after the cut, accuracy the one after fine-tuning.', prune_table(demo),
-        plot_kept(demo)[0], plot_depth(dense))
+        plot_kept(demo)[0], _log_alpha(dense))

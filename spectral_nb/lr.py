@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ASSIGN', 'assign_lr', 'layer_groups', 'group_layers']
 
-# %% ../nbs/20_lr.ipynb #7d34dd1d
+# %% ../nbs/20_lr.ipynb #c5a966b6
 import numpy as np, pandas as pd
 from scipy.stats import rankdata
 from torch import fx, nn
 from .matrices import weight_layers
 
-# %% ../nbs/20_lr.ipynb #2f9a972d
+# %% ../nbs/20_lr.ipynb #7ac55223
 def _between(x, lo, hi): return lo + (hi-lo)*(x-x.min())/(x.max()-x.min())
 
 ASSIGN = dict(linear  = _between,
@@ -22,7 +22,7 @@ ASSIGN = dict(linear  = _between,
 
 _FLOOR = dict(sqrt=0, log2=1)
 
-# %% ../nbs/20_lr.ipynb #04157b62
+# %% ../nbs/20_lr.ipynb #c1e33c04
 def _check_assign(how, lr, lo, hi):
     if how not in ASSIGN: raise ValueError(f"how={how!r} is not known: use one of {', '.join(ASSIGN)}")
     if not 0 < lo <= hi < np.inf: raise ValueError(f"lo={lo}, hi={hi}: the multipliers must run upwards from above 0, 0 < lo <= hi")
@@ -33,7 +33,7 @@ def _check_scores(s, how):
     if s.min() <= _FLOOR.get(how, -np.inf):
         raise ValueError(f"how={how!r} needs scores above {_FLOOR[how]}, but layer {s.idxmin()} has {s.min():.4g}: use 'linear' or 'step'")
 
-# %% ../nbs/20_lr.ipynb #084a8a31
+# %% ../nbs/20_lr.ipynb #485f24de
 def assign_lr(
     scores, # one score per layer: a dict, a Series or a list; NaN where there is none
     lr:float, # the global learning rate
@@ -51,7 +51,7 @@ def assign_lr(
     if keep_mean: mult[ok] /= mult[ok].mean()
     return lr*mult
 
-# %% ../nbs/20_lr.ipynb #f91b293a
+# %% ../nbs/20_lr.ipynb #8b242f93
 def _feeders(model):
     "Module name -> name of the layer that feeds it, as far as the graph of `model` can be traced."
     try: graph = fx.Tracer().trace(model)
@@ -65,7 +65,7 @@ def _feeders(model):
         if inside: last[node] = (step, inside[-1])
     return res
 
-# %% ../nbs/20_lr.ipynb #4227a03a
+# %% ../nbs/20_lr.ipynb #b2314af8
 def layer_groups(
     model:nn.Module, # any PyTorch model
 )->list: # lists of parameters: what no layer feeds (if there is any), then one list per layer in the order of registration
@@ -81,7 +81,7 @@ def layer_groups(
         seen.update(map(id, ps))
     return [ps for ps in groups.values() if ps]
 
-# %% ../nbs/20_lr.ipynb #a05a4f52
+# %% ../nbs/20_lr.ipynb #6690d472
 def group_layers(
     model:nn.Module, # the model that is trained
     groups:list, # lists of its parameters, one per group of the optimizer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SpectralLR']
 
-# %% ../nbs/21_lr_callback.ipynb #86596872
+# %% ../nbs/21_lr_callback.ipynb #13c4f366
 import warnings
 from functools import partial
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -20,7 +20,7 @@ from .metrics import layer_scores
 from .plots import plot_epochs, plot_esd
 from .tail import fit_tail
 
-# %% ../nbs/21_lr_callback.ipynb #4d99155d
+# %% ../nbs/21_lr_callback.ipynb #4406318d
 def _notes(df, model, held, skip_first_last):
     "Why each layer of `df` trains at the global rate, '' where it does not."
     layers = weight_layers(model)
@@ -30,17 +30,23 @@ def _notes(df, model, held, skip_first_last):
     why |= {k: 'not in the optimizer' for k in df.name if k not in held}
     return [why.get(k, '') for k in df.name]
 
-# %% ../nbs/21_lr_callback.ipynb #cb6e8584
+# %% ../nbs/21_lr_callback.ipynb #3e0ab4f5
+def _per_layer(df, layers):
+    "Rows of `df` by layer of the model."
+    own = [n if n in layers else n.rpartition('.')[0] or '(model)' for n in df.name]
+    return df.assign(name=own).groupby('name', sort=False, as_index=False).agg(dict(score='mean', warning=lambda w: '; '.join(dict.fromkeys(filter(None, w)))))
+
+# %% ../nbs/21_lr_callback.ipynb #3e2b1aa1
 def _allocate(model, held, score, assign, skip_first_last):
     "Layer, score, multiplier and note of each layer of `model`."
-    with torch.autocast(next(model.parameters()).device.type, enabled=False): df = score(model)
+    with torch.autocast(next(model.parameters()).device.type, enabled=False): df = _per_layer(score(model), weight_layers(model))
     if not np.isfinite(df.score).any(): raise ValueError("no layer has a score: " + '; '.join(df.name + ': ' + df.warning))
     note = _notes(df, model, held, skip_first_last)
     tuned = df.score.where([not o for o in note]).set_axis(df.name)
     if tuned.isna().all(): warnings.warn("SpectralLR: all layers train at the global rate: " + '; '.join(df.name + ': ' + note))
     return pd.DataFrame(dict(layer=df.name, score=df.score, mult=assign(tuned) if tuned.notna().any() else 1., note=note))
 
-# %% ../nbs/21_lr_callback.ipynb #f71af5dc
+# %% ../nbs/21_lr_callback.ipynb #130f2cad
 class SpectralLR(Callback):
     "Multiplies each layer's learning rate by what its spectrum says at the start of an epoch."
     order,run_valid = ParamScheduler.order+1,False
@@ -99,7 +105,7 @@ class SpectralLR(Callback):
         rows = [o['table'].assign(epoch=o['epoch'], lr=o['table'].layer.map(dict(zip(self._held, o['total']/o['n'])))) for o in self._log if o['n']]
         return pd.concat(rows, ignore_index=True)[cols] if rows else pd.DataFrame(columns=cols)
 
-# %% ../nbs/21_lr_callback.ipynb #d2040291
+# %% ../nbs/21_lr_callback.ipynb #38eaa0b9
 @patch
 def plot_lrs(self:Learner,
     value:str='lr', # column of `SpectralLR.history`: 'lr', 'mult' or 'score'
@@ -109,7 +115,7 @@ def plot_lrs(self:Learner,
     if not hasattr(self.recorder, 'layer_lrs'): raise ValueError("no learning rates to plot: fit with SpectralLR first")
     return plot_epochs(self.recorder.layer_lrs, value, ax)
 
-# %% ../nbs/21_lr_callback.ipynb #c91c5947
+# %% ../nbs/21_lr_callback.ipynb #edb001e1
 def _grid(n, ncols=3):
     "`n` axes in rows of `ncols`."
     nrows, ncols = -(-n//ncols), min(n, ncols)
@@ -121,7 +127,7 @@ def _fit_or_none(evals, fit):
     try: return fit_tail(evals, fit)
     except ValueError: return None
 
-# %% ../nbs/21_lr_callback.ipynb #887d5366
+# %% ../nbs/21_lr_callback.ipynb #77ae1b8e
 @patch
 def plot_spectra(self:Learner,
     layers=None, # names or patterns of the layers wanted, None for all

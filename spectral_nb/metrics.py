@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['PRECISE', 'METRICS', 'effective_rank', 'matrix_rank', 'matrix_entropy', 'log_alpha_norm', 'mp_cdf', 'mp_median',
-           'sigma_mp', 'tracy_widom', 'bulk_max', 'analyze', 'layer_scores', 'summarize']
+           'sigma_mp', 'tracy_widom', 'bulk_max', 'participation_ratio', 'detx_num', 'evb_rank', 'knowledge_gain',
+           'mapping_condition', 'shuffle_entries', 'analyze', 'layer_scores', 'summarize']
 
-# %% ../nbs/02_metrics.ipynb #ccf372e8
+# %% ../nbs/02_metrics.ipynb #43af7ef6
 from functools import lru_cache
 from inspect import signature
 import numpy as np, pandas as pd, torch
 from scipy.integrate import quad
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import gamma
 from torch import Tensor
 from fastprogress.fastprogress import progress_bar
-from .matrices import esd, layer_matrices, select_layers, _weights
+from .matrices import esd, layer_matrices, select_layers, weight_matrices, _layers, _no_layer, _weights
 from .tail import TAILS, fit_tail
 
-# %% ../nbs/02_metrics.ipynb #46e4bde3
+# %% ../nbs/02_metrics.ipynb #877819b9
 def effective_rank(
     evals:Tensor, # eigenvalues, shape (n,)
 )->float: # between 1 and n
@@ -27,7 +28,7 @@ def effective_rank(
     p = s/s.sum()
     return torch.special.entr(p).sum().exp().item()
 
-# %% ../nbs/02_metrics.ipynb #9ca1455e
+# %% ../nbs/02_metrics.ipynb #c3259ce3
 def matrix_rank(
     evals:Tensor, # eigenvalues, shape (n,)
     N:int, # longer side of the matrices
@@ -35,7 +36,7 @@ def matrix_rank(
     "The numerical rank of single-precision weights, summed over the matrices of a layer."
     return int((evals > evals.max()*(N*torch.finfo(torch.float32).eps)**2).sum())
 
-# %% ../nbs/02_metrics.ipynb #7f7b9bcb
+# %% ../nbs/02_metrics.ipynb #96b133fa
 def matrix_entropy(
     evals:Tensor, # eigenvalues, shape (n,)
     matrix_rank:int, # the rank, see `matrix_rank`
@@ -44,7 +45,7 @@ def matrix_entropy(
     p = evals/evals.sum()
     return torch.special.entr(p).sum().item()/np.log(matrix_rank) if matrix_rank>1 else 0.
 
-# %% ../nbs/02_metrics.ipynb #f297dda8
+# %% ../nbs/02_metrics.ipynb #3a57751e
 def log_alpha_norm(
     evals:Tensor, # eigenvalues, shape (n,)
     alpha:float, # exponent of the tail
@@ -52,7 +53,7 @@ def log_alpha_norm(
     "Logarithm of the sum of the eigenvalues to the power alpha."
     return (torch.logsumexp(alpha*evals[evals>0].log(), 0)/np.log(10)).item()
 
-# %% ../nbs/02_metrics.ipynb #19bf8969
+# %% ../nbs/02_metrics.ipynb #ca15fc98
 def mp_cdf(
     x:float, # a point
     q:float, # shorter over longer side of the matrix, in (0, 1]
@@ -63,7 +64,7 @@ def mp_cdf(
     f = lambda t: (hi-lo)**2*(np.sin(t)*np.cos(t))**2/(np.pi*q*(lo+(hi-lo)*np.sin(t)**2))
     return quad(f, 1e-12, theta)[0]
 
-# %% ../nbs/02_metrics.ipynb #57fb6cb0
+# %% ../nbs/02_metrics.ipynb #64380fc9
 @lru_cache(None)
 def mp_median(
     q:float, # shorter over longer side of the matrix, in (0, 1]
@@ -71,7 +72,7 @@ def mp_median(
     "The median of the Marchenko-Pastur law for entries of variance one."
     return brentq(lambda x: mp_cdf(x, q)-0.5, (1-q**0.5)**2, (1+q**0.5)**2)
 
-# %% ../nbs/02_metrics.ipynb #bc5f3737
+# %% ../nbs/02_metrics.ipynb #455f500b
 def sigma_mp(
     evals:Tensor, # eigenvalues, shape (n,)
     N:int, # longer side of the matrices
@@ -80,14 +81,14 @@ def sigma_mp(
     "The noise level at which the Marchenko-Pastur median is the median of `evals`."
     return (evals.double().quantile(0.5)/(N*mp_median(M/N))).sqrt().item()
 
-# %% ../nbs/02_metrics.ipynb #df20afed
+# %% ../nbs/02_metrics.ipynb #0d5260fc
 def tracy_widom(
     p:float, # probability in (0, 1)
 )->float: # a quantile
     "Quantile of the Tracy-Widom law for real matrices."
     return gamma.ppf(p, 46.446)*0.186054 - 9.84801
 
-# %% ../nbs/02_metrics.ipynb #f2d33bc0
+# %% ../nbs/02_metrics.ipynb #1653abb2
 def bulk_max(
     sigma_mp:float, # noise level
     N:int, # longer side of the matrices
@@ -98,8 +99,59 @@ def bulk_max(
     a, b = (N-1)**0.5, M**0.5
     return sigma_mp**2*(a+b)*(a+b + (1/a+1/b)**(1/3)*tracy_widom(1-0.01/rf)) if N>1 else sigma_mp**2
 
-# %% ../nbs/02_metrics.ipynb #3e2827c0
-PRECISE = {'matrix_rank', 'entropy'} # metrics that need the small eigenvalues
+# %% ../nbs/02_metrics.ipynb #46e51b51
+def participation_ratio(
+    evals:Tensor, # eigenvalues, shape (n,)
+)->float: # between 1 and n
+    "Squared sum of the eigenvalues over the sum of their squares."
+    return (evals.sum()**2/(evals**2).sum()).item()
+
+# %% ../nbs/02_metrics.ipynb #84b26181
+def detx_num(
+    evals:Tensor, # eigenvalues, ascending, shape (n,)
+)->int: # between 1 and n
+    "The length of the shortest tail whose eigenvalues, in units of the mean, have a product below one."
+    below = (evals/evals.mean()).log().flip(0).cumsum(0)<0
+    return below.int().argmax().item()+1 if below.any() else len(evals)
+
+# %% ../nbs/02_metrics.ipynb #05fe8be4
+def _evb_edge(q): t = 2.5129*q**0.5; return (1+t)*(1+q/t)
+
+def _evb_energy(s2, evals, N, q):
+    "Free energy at the noise level `s2`, up to constants (Nakajima et al. 2013)."
+    x = evals/(N*s2)
+    noise, z = x[x<=_evb_edge(q)], x[x>_evb_edge(q)]
+    tau = (z-(1+q) + np.sqrt((z-(1+q))**2-4*q))/2
+    return (noise-np.log(noise)).sum() + (z-tau).sum() + np.log((tau+1)/z).sum() + q*np.log(tau/q+1).sum()
+
+# %% ../nbs/02_metrics.ipynb #a4a471c4
+def evb_rank(
+    evals:Tensor, # eigenvalues, ascending, shape (n,)
+    N:int, # longer side of the matrices
+    M:int, # shorter side
+)->int: # number of eigenvalues that are signal
+    "The rank that empirical variational Bayes finds in a layer."
+    x, q = evals.double().cpu().numpy(), M/N
+    x = x[x>0]
+    bulk = x[:len(x)-int(np.ceil(len(x)/(1+q)))+1]             # noise at least
+    lo, hi = max(bulk.mean(), bulk[-1]/_evb_edge(q))/N, x.mean()/N
+    s2 = minimize_scalar(_evb_energy, args=(x, N, q), bounds=(lo, hi), method='bounded').x if lo<hi else hi
+    return int((x>N*s2*_evb_edge(q)).sum())
+
+# %% ../nbs/02_metrics.ipynb #51d12b3b
+def knowledge_gain(
+    evals:Tensor, # eigenvalues, ascending, shape (n,)
+    evb_rank:int, # how many of them are signal
+)->float: # between 0 and 1
+    "Sum of the singular values that are signal, per singular value and in units of the largest."
+    return (evals[len(evals)-evb_rank:].sqrt().sum()/(len(evals)*evals[-1].sqrt())).item()
+
+def mapping_condition(evals, evb_rank):
+    "The largest singular value over the smallest that is signal; NaN where none is."
+    return (evals[-1]/evals[-evb_rank]).sqrt().item() if evb_rank else np.nan
+
+# %% ../nbs/02_metrics.ipynb #050655a4
+PRECISE = {'matrix_rank', 'entropy', 'evb_rank', 'knowledge_gain', 'mapping_condition'} # metrics that need the small eigenvalues
 
 METRICS = dict(
     num_evals      = lambda evals: len(evals),
@@ -121,9 +173,14 @@ METRICS = dict(
     sigma_mp       = sigma_mp,
     bulk_max       = bulk_max,
     num_spikes     = lambda evals, bulk_max: (evals>bulk_max).sum().item(),
-    mp_softrank    = lambda bulk_max, spectral_norm: bulk_max/spectral_norm)
+    mp_softrank    = lambda bulk_max, spectral_norm: bulk_max/spectral_norm,
+    participation_ratio = participation_ratio,
+    detx_num       = detx_num,
+    evb_rank       = evb_rank,
+    knowledge_gain = knowledge_gain,
+    mapping_condition = mapping_condition)
 
-# %% ../nbs/02_metrics.ipynb #eee4608d
+# %% ../nbs/02_metrics.ipynb #9e137d14
 _STEPS = dict(fit=lambda evals, method: fit_tail(evals.cpu(), method))
 
 def _column(name, known):
@@ -133,64 +190,100 @@ def _column(name, known):
         known[name] = f(*[_column(a, known) for a in signature(f).parameters])
     return known[name]
 
-# %% ../nbs/02_metrics.ipynb #b5c01089
+# %% ../nbs/02_metrics.ipynb #fa9f46fb
 def _bad_weights(w):
     "Why nothing can be computed from `w`, or ''."
-    bad = (~torch.isfinite(w)).sum().item()
-    return f'{bad} of {w.numel()} weights are NaN or infinite' if bad else '' if w.any() else f'all {w.numel()} weights are zero'
+    lo, hi = (o.item() for o in w.aminmax())
+    if np.isfinite([lo, hi]).all(): return '' if lo or hi else f'all {w.numel()} weights are zero'
+    return f'{(~torch.isfinite(w)).sum()} of {w.numel()} weights are NaN or infinite'
 
-# %% ../nbs/02_metrics.ipynb #32e588b0
+# %% ../nbs/02_metrics.ipynb #156aabf3
 def _layer_metrics(w, columns, method, dtype=torch.float64):
-    "The `columns` of matrices `w`, with a `warning`."
+    "The eigenvalues of matrices `w` (None if there are none) and the `columns`, with a `warning`."
     res, reason = dict.fromkeys(columns, np.nan), _bad_weights(w)
-    if reason: return res | dict(warning=reason)
+    if reason: return None, res | dict(warning=reason)
     known = dict(evals=esd(w, dtype), N=max(w.shape[-2:]), M=min(w.shape[-2:]), rf=len(w), method=method)
     for c in columns:
         try: res[c] = _column(c, known)
         except ValueError as e: reason = str(e)
-    return res | dict(warning=reason)
+    return known['evals'], res | dict(warning=reason)
 
-# %% ../nbs/02_metrics.ipynb #ca33bc9c
+# %% ../nbs/02_metrics.ipynb #3c2fb344
+def shuffle_entries(
+    w:Tensor, # matrices, shape (b, m, n)
+    seed:int=0, # decides the order
+)->Tensor: # shape (b, m, n)
+    "Each matrix with its entries in random order."
+    flat = w.flatten(1).float().cpu().numpy()
+    return torch.from_numpy(np.random.default_rng(seed).permuted(flat, axis=1)).view(w.shape).to(w.device)
+
+# %% ../nbs/02_metrics.ipynb #523b39c3
+def _random_metrics(w, evals, seed, dtype):
+    "What the shuffled weights show."
+    N, M, rand = max(w.shape[-2:]), min(w.shape[-2:]), esd(shuffle_entries(w, seed), dtype)
+    edge = bulk_max(sigma_mp(rand, N, M), N, M, len(w))
+    return dict(rand_max=rand[-1].item(), rand_spikes=(evals>rand[-1]).sum().item(), rand_traps=(rand>edge).sum().item())
+
+# %% ../nbs/02_metrics.ipynb #5c79cc4a
+def _distance(w, ref): return dict(distance=((w-ref).norm()/ref.norm()).item() if isinstance(ref, Tensor) and ref.shape==w.shape else np.nan)
+
+# %% ../nbs/02_metrics.ipynb #9c9072dd
 def _verdict(alpha): return 'over-trained' if alpha<2 else 'under-trained' if alpha>6 else ''
 
-# %% ../nbs/02_metrics.ipynb #197424ef
+# %% ../nbs/02_metrics.ipynb #1eaccaf3
 def _check_known(what, name, known):
     if name not in known: raise ValueError(f"{what} {name!r} is not known: use one of {', '.join(known)}")
 
-# %% ../nbs/02_metrics.ipynb #3d8eafda
+# %% ../nbs/02_metrics.ipynb #13c31ec2
+def _row(name, m, w, fit, conv, aspect, randomize, seed):
+    "One row of the table; `w` is the weight, or a text that says why there is none."
+    row = dict(name=name, type=type(m).__name__ if m else 'weight')
+    if isinstance(w, str): return row | dict(warning=w)
+    w = weight_matrices(w, conv, aspect)
+    N, M = sorted(w.shape[-2:])[::-1]
+    evals, res = _layer_metrics(w, METRICS, fit)
+    if randomize and evals is not None: res |= _random_metrics(w, evals, seed, torch.float64)
+    return row | dict(N=N, M=M, rf=len(w)) | res | dict(warning=res['warning'] or _verdict(res['alpha']))
+
+# %% ../nbs/02_metrics.ipynb #be3ba983
 def analyze(
     model, # an `nn.Module`, or a mapping from names to tensors
     fit:str='ks', # how the tail is fitted, a key of `TAILS`
-    conv:str='pool', # how a convolution becomes matrices, a key of `CONVS`
+    conv='pool', # how a convolution becomes matrices: a key of `CONVS`, or a function of its weight
     layers=None, # names or patterns of the layers wanted, None for all
+    aspect:float=None, # take windows of this aspect ratio, see `fixed_aspect`; None for whole matrices
+    randomize:bool=False, # also analyse the weights in random order?
+    seed:int=0, # of that order
+    reference=None, # the same model earlier, to measure the distance from
     progress:bool=True, # show a progress bar?
 )->pd.DataFrame: # one row per layer: place, shape, one column per metric, and `warning`
     "The spectral metrics of every layer of `model`."
     _check_known('fit', fit, TAILS)
-    rows, todo = [], layer_matrices(model, conv, layers)
+    rows, todo, refs = [], _layers(model, layers), {} if reference is None else _weights(reference)
     if progress: todo = progress_bar(todo, total=len(select_layers(list(_weights(model)), layers)), leave=False)
-    for i,(name,m,w) in enumerate(todo):
-        N, M = sorted(w.shape[-2:])[::-1]
-        place = dict(layer_id=i, name=name, type=type(m).__name__ if m else 'weight', N=N, M=M, rf=len(w))
-        row = _layer_metrics(w, METRICS, fit)
-        rows.append(place | row | dict(warning=row['warning'] or _verdict(row['alpha'])))
+    for name,m,w in todo:
+        if isinstance(w, Tensor) or w: rows.append(dict(layer_id=len(rows)) | _row(name, m, w, fit, conv, aspect, randomize, seed))
+        if name in refs and isinstance(w, Tensor): rows[-1] |= _distance(w, refs[name][1]())
+        del w                                                            # before the next one is read
+    if not any('N' in r for r in rows): raise _no_layer(model, {r['name']: r['warning'] for r in rows})
     return pd.DataFrame(rows)
 
-# %% ../nbs/02_metrics.ipynb #98570ab8
+# %% ../nbs/02_metrics.ipynb #50897d50
 def layer_scores(
     model, # an `nn.Module`, or a mapping from names to tensors
     metric:str='alpha', # a key of `METRICS`
     fit:str='hill', # how the tail is fitted, a key of `TAILS`
-    conv:str='pool', # how a convolution becomes matrices, a key of `CONVS`
+    conv='pool', # how a convolution becomes matrices: a key of `CONVS`, or a function of its weight
     layers=None, # names or patterns of the layers wanted, None for all
+    aspect:float=None, # take windows of this aspect ratio, see `fixed_aspect`; None for whole matrices
 )->pd.DataFrame: # columns name, score (NaN where it cannot be had) and warning (why)
     "One metric of every layer of `model`."
     _check_known('metric', metric, METRICS); _check_known('fit', fit, TAILS)
     dtype = torch.float64 if metric in PRECISE else torch.float32
-    rows = [dict(name=n, **_layer_metrics(w, [metric], fit, dtype)) for n,_,w in layer_matrices(model, conv, layers)]
+    rows = [dict(name=n, **_layer_metrics(w, [metric], fit, dtype)[1]) for n,_,w in layer_matrices(model, conv, layers, aspect)]
     return pd.DataFrame(rows).rename(columns={metric: 'score'})
 
-# %% ../nbs/02_metrics.ipynb #379c82da
+# %% ../nbs/02_metrics.ipynb #bae6cdbf
 def summarize(
     df:pd.DataFrame, # from `analyze`
 )->dict: # metric -> mean over the layers that have it

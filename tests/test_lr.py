@@ -183,7 +183,7 @@ def test_groups_of_an_encoder():
     net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
     groups = layer_groups(net)
     assert sorted(id(p) for g in groups for p in g)==sorted(id(p) for p in net.parameters())
-    assert [k for k in group_layers(net, groups) if k]==[f'layers.{i}.{k}' for i in range(2) for k in ('self_attn.out_proj', 'linear1', 'linear2')]
+    assert [k for k in group_layers(net, groups) if k]==[f'layers.{i}.{k}' for i in range(2) for k in ('self_attn', 'self_attn.out_proj', 'linear1', 'linear2')]
 
 def test_batches_are_the_same_in_another_process():
     code = "from spectral_nb.data import digits_dls; import hashlib; print([hashlib.md5(x.numpy().tobytes()).hexdigest() for x,y in digits_dls().train][-1])"
