@@ -54,7 +54,7 @@ def _load_torch(path):
 # %% ../nbs/03_checkpoints.ipynb #605d6f93
 FORMATS = {'.safetensors': _SafeTensors, '.pt': _load_torch, '.pth': _load_torch, '.bin': _load_torch}
 
-# %% ../nbs/03_checkpoints.ipynb #efc4a1ea
+# %% ../nbs/03_checkpoints.ipynb #61962641
 def _open_weights(path):
     "The mapping in the file at `path`, or a clear error."
     if path.suffix not in FORMATS: raise ValueError(f"{path} ends in {path.suffix!r}: known are {', '.join(FORMATS)}")
@@ -62,9 +62,10 @@ def _open_weights(path):
     if not path.stat().st_size: raise ValueError(f"{path} is empty")
     try: return FORMATS[path.suffix](path)
     except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} is not a file of tensors only, and nothing in it was run. Save the model's state_dict() instead. ({_last_line(e)})") from None
+        raise ValueError(f"{path} is not a file of tensors only, and nothing in it was run. Save the model's state_dict() instead. ({_asked_for(e)})") from None
     except Exception as e: raise ValueError(f"{path} is damaged, cut short or of another kind: {_last_line(e)}") from None
 
+def _asked_for(e): return (re.findall(r'(?mi)unsupported .*?(?=\. |\.?$)', str(e)) or [_last_line(e)])[0][:300]
 def _last_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()[:300]
 
 # %% ../nbs/03_checkpoints.ipynb #72ac6604
@@ -73,8 +74,8 @@ def _checked(t, size):
     if t.layout==torch.strided and not t.is_meta and t.nbytes>size: raise ValueError(f"of shape {tuple(t.shape)} takes {t.nbytes} bytes, but the file has {size}")
     return t
 
-# %% ../nbs/03_checkpoints.ipynb #05caa1e6
-_REOPEN = 64*2**20
+# %% ../nbs/03_checkpoints.ipynb #0373c168
+_REOPEN = 32*2**20
 
 class TensorFiles(Mapping):
     "The tensors of one or more files by name, each read when it is asked for."

@@ -6,14 +6,16 @@
 __all__ = ['LAYERS', 'CONVS', 'effective_weight', 'grouped_weight', 'fft_matrices', 'fixed_aspect', 'weight_matrices', 'gram',
            'esd', 'weight_layers', 'select_layers', 'skipped_layers', 'layer_matrices']
 
-# %% ../nbs/00_matrices.ipynb #13fc5eb7
+# %% ../nbs/00_matrices.ipynb #ccd90065
+from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from math import ceil
 import numpy as np, torch
+from scipy.linalg import eigvalsh, get_blas_funcs
 from threadpoolctl import ThreadpoolController
 from torch import nn, Tensor
 from torch.nn.parameter import is_lazy
@@ -21,7 +23,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-# %% ../nbs/00_matrices.ipynb #ff0435f5
+# %% ../nbs/00_matrices.ipynb #df3683a1
 _HOOKS = {WeightNorm: WeightNorm.compute_weight,
           SpectralNorm: partial(SpectralNorm.compute_weight, do_power_iteration=False),
           BasePruningMethod: BasePruningMethod.apply_mask}
@@ -31,7 +33,7 @@ def _writer(m, name):
     return next((partial(f, h) for h in m._forward_pre_hooks.values() for t,f in _HOOKS.items()
                  if isinstance(h, t) and name==(h._tensor_name if t is BasePruningMethod else h.name)), None)
 
-# %% ../nbs/00_matrices.ipynb #150d163b
+# %% ../nbs/00_matrices.ipynb #16708c4b
 @contextmanager
 def _evaluating(m):
     "The parametrizations of `m` in evaluation mode for a while."
@@ -41,7 +43,7 @@ def _evaluating(m):
     finally:
         for o in mods: o.training = True
 
-# %% ../nbs/00_matrices.ipynb #0794394e
+# %% ../nbs/00_matrices.ipynb #6a11d8df
 @torch.no_grad()
 def effective_weight(
     m:nn.Module, # a layer
@@ -51,7 +53,7 @@ def effective_weight(
     f = _writer(m, name)
     with _evaluating(m): return (f(m) if f else getattr(m, name)).detach()
 
-# %% ../nbs/00_matrices.ipynb #beada0da
+# %% ../nbs/00_matrices.ipynb #08503787
 def _linear(m): return effective_weight(m)[None]
 def _inputs_first(m): return effective_weight(m).mT[None]
 def _conv(m): return effective_weight(m).unflatten(0, (m.groups, -1))
@@ -66,7 +68,7 @@ LAYERS = {nn.Linear: _linear, nn.Embedding: _inputs_first, nn.EmbeddingBag: _inp
           nn.ConvTranspose1d: _conv_transpose, nn.ConvTranspose2d: _conv_transpose, nn.ConvTranspose3d: _conv_transpose,
           nn.MultiheadAttention: {k: partial(_attention, name=k) for k in _QKV}}
 
-# %% ../nbs/00_matrices.ipynb #dfcc5f83
+# %% ../nbs/00_matrices.ipynb #b4ed071a
 def _is(m, t): return isinstance(m, t) if isinstance(t, type) else type(m).__name__==t and getattr(getattr(m, 'weight', None), 'ndim', 0)==2
 
 def _parts(m):
@@ -74,7 +76,7 @@ def _parts(m):
     f = next((f for t,f in LAYERS.items() if _is(m, t)), {})
     return f if isinstance(f, dict) else {'': f}
 
-# %% ../nbs/00_matrices.ipynb #998c8746
+# %% ../nbs/00_matrices.ipynb #b06b0e8a
 def grouped_weight(
     m:nn.Module, # a layer of a type in `LAYERS`, or of a subclass
     part:str='', # which of its weights, for a layer that has several
@@ -84,11 +86,11 @@ def grouped_weight(
     if part not in parts: raise ValueError(f"{type(m).__name__} has no part {part!r}: its parts are {list(parts)}")
     return parts[part](m)
 
-# %% ../nbs/00_matrices.ipynb #fdbf3538
+# %% ../nbs/00_matrices.ipynb #2d21d991
 def _pool(w): return (w.flatten(3).movedim(3, 1).flatten(0, 1) if w.ndim>3 else w) * (0.5**0.5 if w.ndim>3 else 1)
 def _flat(w): return w.flatten(2)
 
-# %% ../nbs/00_matrices.ipynb #2099b77f
+# %% ../nbs/00_matrices.ipynb #40c0bcc8
 def fft_matrices(
     w:Tensor, # weight, shape (groups, out, in, *kernel)
     grid:int=8, # side of the image in pixels, at least that of the kernel
@@ -98,10 +100,10 @@ def fft_matrices(
     f = torch.fft.fftn(w, [max(grid, k) for k in w.shape[3:]], dim=tuple(range(3, w.ndim)))
     return f.flatten(3).movedim(3, 1).flatten(0, 1)
 
-# %% ../nbs/00_matrices.ipynb #e4aaf77b
+# %% ../nbs/00_matrices.ipynb #09c7464b
 CONVS = dict(pool=_pool, flat=_flat, fft=fft_matrices)
 
-# %% ../nbs/00_matrices.ipynb #fc9f5b37
+# %% ../nbs/00_matrices.ipynb #936b64c5
 def _starts(n, size): return torch.linspace(0, n-size, ceil(n/size)).round().int().tolist()
 
 def fixed_aspect(
@@ -116,7 +118,7 @@ def fixed_aspect(
     n = min(N, round(k*aspect))
     return torch.cat([w[:, i:i+k, j:j+n] for i in _starts(M, k) for j in _starts(N, n)])
 
-# %% ../nbs/00_matrices.ipynb #fb840ea1
+# %% ../nbs/00_matrices.ipynb #3dddd247
 def weight_matrices(
     w:Tensor, # weight, shape (groups, out, in, *kernel)
     conv='pool', # how a convolution becomes matrices: a key of `CONVS`, or a function of `w`
@@ -128,7 +130,7 @@ def weight_matrices(
     res = f(w.to(torch.promote_types(w.dtype, torch.float32)))
     return res if aspect is None else fixed_aspect(res, aspect)
 
-# %% ../nbs/00_matrices.ipynb #6f4ff7a2
+# %% ../nbs/00_matrices.ipynb #2acb9914
 def gram(
     w:Tensor, # matrices, shape (b, m, n), real or complex
     dtype=torch.float64, # precision of the product
@@ -137,37 +139,74 @@ def gram(
     w = w.to(dtype.to_complex() if w.is_complex() else dtype)
     return w @ w.mH if w.shape[-2]<=w.shape[-1] else w.mH @ w
 
-# %% ../nbs/00_matrices.ipynb #3849de00
+# %% ../nbs/00_matrices.ipynb #90f5ad65
 _controller = lru_cache(None)(ThreadpoolController)
 _NUMPY = {torch.float32: (np.float32, np.complex64), torch.float64: (np.float64, np.complex128)}
 
+def _wide(a): return a if a.shape[-2]<=a.shape[-1] else a.swapaxes(-1, -2)
+
 def _solve(a, dtype):
     "Eigenvalues of the Gram matrices of the array `a`, shape (..., m, n)."
-    a = a.astype(dtype)
-    t = a.conj().swapaxes(-1, -2)
-    return np.linalg.eigvalsh(a@t if a.shape[-2]<=a.shape[-1] else t@a).ravel()
+    a = _wide(a).astype(dtype)
+    return np.linalg.eigvalsh(a @ a.conj().swapaxes(-1, -2)).ravel()
 
-def _evals_cpu(w, dtype, small=48):
-    a, dt, n = w.numpy(), _NUMPY[dtype][w.is_complex()], torch.get_num_threads()
-    if len(a)==1 or min(a.shape[1:])<=small:
-        with _controller().limit(limits=n if len(a)==1 else 1, user_api='blas'): return [_solve(a, dt)]
-    with _controller().limit(limits=1, user_api='blas'), ThreadPoolExecutor(n) as ex: return list(ex.map(lambda o: _solve(o, dt), a))
+# %% ../nbs/00_matrices.ipynb #5f3c6842
+def _solve_large(a, dtype, size=2**19):
+    "The same for one large matrix, in slices of about `size` entries, with no array beside its Gram matrix."
+    a, n = _wide(a), min(a.shape)
+    g, step = np.zeros((n, n), dtype, order='F'), max(512, size//n)
+    product = get_blas_funcs('herk' if np.iscomplexobj(g) else 'syrk', dtype=dtype)
+    for i in range(0, a.shape[1], step): g = product(1., a[:, i:i+step].astype(dtype, order='F'), beta=1., c=g, lower=True, overwrite_c=True)
+    return eigvalsh(g, lower=True, overwrite_a=True, check_finite=False, driver='ev')
 
+# %% ../nbs/00_matrices.ipynb #52ba867c
 def _evals_gpu(w, dtype):
-    return [torch.linalg.eigvalsh(gram(o, dtype)).flatten().cpu().numpy() for o in w.split(max(1, 2**22//w[0].numel()))]
+    return np.concatenate([torch.linalg.eigvalsh(gram(o, dtype)).flatten().cpu().numpy() for o in w.split(max(1, 2**22//w[0].numel()))])
 
-# %% ../nbs/00_matrices.ipynb #64a84e0d
+def _calls(w, dtype, small=48):
+    "Calls that each give some of the eigenvalues of the matrices `w`."
+    if w.device.type!='cpu': return [partial(_evals_gpu, w, dtype)]
+    a, dt = w.numpy(), _NUMPY[dtype][w.is_complex()]
+    if min(a.shape[1:])<=small: return [partial(_solve, a, dt)]
+    return [partial(_solve_large if o.nbytes>_AHEAD else _solve, o, dt) for o in a]
+
+# %% ../nbs/00_matrices.ipynb #d006649d
+_AHEAD = 2**25
+
+def _on_threads(n, call):
+    with _controller().limit(limits=n, user_api='blas'): return call()
+
+def _take(queue):
+    key, parts, _ = queue.popleft()
+    return key, torch.from_numpy(np.sort(np.concatenate([o.result() for o in parts]))).clamp_min(0) if parts else None
+
+def _esds(layers, dtype=torch.float64):
+    "Key and eigenvalues for each key and matrices (or None, which gives None) of `layers`, in order."
+    n, queue, busy, held = torch.get_num_threads(), deque(), set(), 0
+    with _controller().limit(limits=1, user_api='blas'), ThreadPoolExecutor(n) as ex:
+        for key,w in layers:
+            size = 0 if w is None else w.nbytes
+            while queue and held+size>_AHEAD: held -= queue[0][2]; yield _take(queue)
+            calls = _calls(w, dtype) if size else []
+            if size>_AHEAD and len(calls)==1: calls = [partial(_on_threads, n, calls[0])]
+            queue.append((key, [ex.submit(c) for c in calls], size))
+            held += size
+            del w, calls                                                 # before the next one is read
+            busy.update(queue[-1][1])
+            while len(busy)>n: busy = wait(busy, return_when=FIRST_COMPLETED).not_done
+            while queue and all(o.done() for o in queue[0][1]): held -= queue[0][2]; yield _take(queue)
+        while queue: yield _take(queue)
+
+# %% ../nbs/00_matrices.ipynb #9000d2a6
 def esd(
     matrices:Tensor, # shape (b, m, n), or (m, n) for a single one
     dtype=torch.float64, # precision of the eigenvalue solver
 )->Tensor: # eigenvalues, ascending, on the CPU, shape (b*min(m, n),)
     "The pooled eigenvalues of `matrices @ matrices.T`."
     w = matrices.detach() if matrices.ndim>2 else matrices.detach()[None]
-    w = w.to(torch.promote_types(w.dtype, torch.float32))
-    evals = np.concatenate((_evals_cpu if w.device.type=='cpu' else _evals_gpu)(w, dtype))
-    return torch.from_numpy(np.sort(evals)).clamp_min(0)
+    return next(_esds([(None, w.to(torch.promote_types(w.dtype, torch.float32)))], dtype))[1]
 
-# %% ../nbs/00_matrices.ipynb #fb4346e0
+# %% ../nbs/00_matrices.ipynb #0b121ce5
 _QUANTIZED = 'quantized: analyse the model before its quantization'
 
 _SKIPS = {'not initialized: run a batch through the model first': is_lazy,
@@ -180,7 +219,7 @@ def _why_not(w):
     "Why the weight `w` has no spectrum, or ''."
     return next((why for why,f in _SKIPS.items() if f(w)), '')
 
-# %% ../nbs/00_matrices.ipynb #f5427ef7
+# %% ../nbs/00_matrices.ipynb #1adc4a7c
 def _sources(m):
     "The tensors that the weights of `m` are made of."
     res = [p for n,p in m.named_parameters() if ('.' not in n or n.startswith('parametrizations.')) and (is_lazy(p) or p.ndim>1)]
@@ -190,7 +229,7 @@ def _is_packed(m): return isinstance(getattr(m, 'qweight', None), Tensor) or 'qu
 
 def _why_no_layer(m, sources): return _QUANTIZED if _is_packed(m) else next(filter(None, map(_why_not, sources)), '')
 
-# %% ../nbs/00_matrices.ipynb #912514be
+# %% ../nbs/00_matrices.ipynb #fecaad34
 def _walk(model):
     "Name, module and reason to skip it ('' for none) of each layer, shared weights once."
     seen = {}
@@ -199,21 +238,21 @@ def _walk(model):
         ws = _sources(m)
         if seen.setdefault(tuple(map(id, ws)) or id(m), (m, ws))[0] is m: yield name or '(model)', m, _why_no_layer(m, ws)
 
-# %% ../nbs/00_matrices.ipynb #d3e0e850
+# %% ../nbs/00_matrices.ipynb #b1db24c2
 def weight_layers(
     model:nn.Module, # any PyTorch model
 )->dict: # layer name -> module, in the order of registration
     "The layers of `model` that have a spectrum."
     return {name: m for name,m,why in _walk(model) if not why}
 
-# %% ../nbs/00_matrices.ipynb #e739a3eb
+# %% ../nbs/00_matrices.ipynb #9f52f486
 def _join(name, part): return name if not part else part if name=='(model)' else f'{name}.{part}'
 
 def _module_weights(model):
     "Matrix name -> (module, function that returns its grouped weight or why there is none)."
     return {_join(name, p): (m, lambda m=m, f=f, why=why: why or f(m)) for name,m,why in _walk(model) for p,f in (_parts(m) or {'': None}).items()}
 
-# %% ../nbs/00_matrices.ipynb #0299035c
+# %% ../nbs/00_matrices.ipynb #bfd1c2eb
 _IN_PIECES = 'stored in pieces (weight norm, spectral norm or a mask): build the model and analyse it instead'
 
 def _one(w): return w[None]
@@ -227,7 +266,7 @@ def _tensor_parts(key):
     end = next((k for k in _TENSORS if f'.{key}'.endswith(f'.{k}')), None)
     return {_join(key.removesuffix(end).rstrip('.') or '(model)', p): f for p,f in _TENSORS[end].items()} if end else {}
 
-# %% ../nbs/00_matrices.ipynb #c0b4c629
+# %% ../nbs/00_matrices.ipynb #8a88207a
 def _memory(w): return id(w) if _why_not(w) else (w.data_ptr(), w.shape, w.stride())
 
 def _tied(model):
@@ -235,7 +274,7 @@ def _tied(model):
     seen = {}
     return {k for k,w in model.items() if isinstance(w, Tensor) and seen.setdefault(_memory(w), k)!=k} if isinstance(model, dict) else ()
 
-# %% ../nbs/00_matrices.ipynb #6889c654
+# %% ../nbs/00_matrices.ipynb #0a353383
 def _load(model, key, f):
     w = model[key]
     return (_why_not(w) or f(w)) if isinstance(w, Tensor) and w.ndim>1 else ''
@@ -247,7 +286,7 @@ def _tensor_weights(model):
 
 def _weights(model): return (_tensor_weights if isinstance(model, Mapping) else _module_weights)(model)
 
-# %% ../nbs/00_matrices.ipynb #c2c1eb09
+# %% ../nbs/00_matrices.ipynb #84501614
 def select_layers(
     names, # layer names of the model
     layers=None, # None for all, else a list of names or of patterns such as 'features.*'
@@ -259,20 +298,20 @@ def select_layers(
     if lost: raise ValueError(f"layers {lost} match nothing: the layers are {', '.join(names)}")
     return [n for n in names if any(fnmatchcase(n, p) for p in layers)]
 
-# %% ../nbs/00_matrices.ipynb #217a8a4e
+# %% ../nbs/00_matrices.ipynb #dcfff00a
 def _layers(model, layers=None):
     "Name, module and grouped weight of each layer; a text that says why where there is none."
     ws = _weights(model)
     for k in select_layers(list(ws), layers): yield k, ws[k][0], ws[k][1]()
 
-# %% ../nbs/00_matrices.ipynb #95a4bd01
+# %% ../nbs/00_matrices.ipynb #0720c58c
 def skipped_layers(
     model, # an `nn.Module`, or a mapping from names to tensors
 )->dict: # layer name -> reason
     "The layers of `model` that cannot be analysed, and why."
     return {k: w for k,_,w in _layers(model) if isinstance(w, str) and w}
 
-# %% ../nbs/00_matrices.ipynb #bce57769
+# %% ../nbs/00_matrices.ipynb #52d0a1a8
 def _no_layer(model, skipped):
     known = ', '.join(t if isinstance(t, str) else t.__name__ for t in LAYERS)
     return ValueError(f"{type(model).__name__} has no layer to analyse: " + ('; '.join(f'{k} is {v}' for k,v in skipped.items()) or f'looked for {known}'))

@@ -7,7 +7,7 @@ __all__ = ['PRECISE', 'METRICS', 'effective_rank', 'matrix_rank', 'matrix_entrop
            'sigma_mp', 'tracy_widom', 'bulk_max', 'participation_ratio', 'detx_num', 'evb_rank', 'knowledge_gain',
            'mapping_condition', 'shuffle_entries', 'analyze', 'layer_scores', 'summarize']
 
-# %% ../nbs/02_metrics.ipynb #43af7ef6
+# %% ../nbs/02_metrics.ipynb #243e0828
 from functools import lru_cache
 from inspect import signature
 import numpy as np, pandas as pd, torch
@@ -16,10 +16,10 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import gamma
 from torch import Tensor
 from fastprogress.fastprogress import progress_bar
-from .matrices import esd, layer_matrices, select_layers, weight_matrices, _layers, _no_layer, _weights
+from .matrices import _esds, esd, select_layers, weight_matrices, _layers, _no_layer, _weights
 from .tail import TAILS, fit_tail
 
-# %% ../nbs/02_metrics.ipynb #877819b9
+# %% ../nbs/02_metrics.ipynb #9f4bdf73
 def effective_rank(
     evals:Tensor, # eigenvalues, shape (n,)
 )->float: # between 1 and n
@@ -28,7 +28,7 @@ def effective_rank(
     p = s/s.sum()
     return torch.special.entr(p).sum().exp().item()
 
-# %% ../nbs/02_metrics.ipynb #c3259ce3
+# %% ../nbs/02_metrics.ipynb #336b8013
 def matrix_rank(
     evals:Tensor, # eigenvalues, shape (n,)
     N:int, # longer side of the matrices
@@ -36,7 +36,7 @@ def matrix_rank(
     "The numerical rank of single-precision weights, summed over the matrices of a layer."
     return int((evals > evals.max()*(N*torch.finfo(torch.float32).eps)**2).sum())
 
-# %% ../nbs/02_metrics.ipynb #96b133fa
+# %% ../nbs/02_metrics.ipynb #e0469e70
 def matrix_entropy(
     evals:Tensor, # eigenvalues, shape (n,)
     matrix_rank:int, # the rank, see `matrix_rank`
@@ -45,7 +45,7 @@ def matrix_entropy(
     p = evals/evals.sum()
     return torch.special.entr(p).sum().item()/np.log(matrix_rank) if matrix_rank>1 else 0.
 
-# %% ../nbs/02_metrics.ipynb #3a57751e
+# %% ../nbs/02_metrics.ipynb #12d436d4
 def log_alpha_norm(
     evals:Tensor, # eigenvalues, shape (n,)
     alpha:float, # exponent of the tail
@@ -53,7 +53,7 @@ def log_alpha_norm(
     "Logarithm of the sum of the eigenvalues to the power alpha."
     return (torch.logsumexp(alpha*evals[evals>0].log(), 0)/np.log(10)).item()
 
-# %% ../nbs/02_metrics.ipynb #ca15fc98
+# %% ../nbs/02_metrics.ipynb #5dfb6d6f
 def mp_cdf(
     x:float, # a point
     q:float, # shorter over longer side of the matrix, in (0, 1]
@@ -64,7 +64,7 @@ def mp_cdf(
     f = lambda t: (hi-lo)**2*(np.sin(t)*np.cos(t))**2/(np.pi*q*(lo+(hi-lo)*np.sin(t)**2))
     return quad(f, 1e-12, theta)[0]
 
-# %% ../nbs/02_metrics.ipynb #64380fc9
+# %% ../nbs/02_metrics.ipynb #c5b0fcf1
 @lru_cache(None)
 def mp_median(
     q:float, # shorter over longer side of the matrix, in (0, 1]
@@ -72,23 +72,24 @@ def mp_median(
     "The median of the Marchenko-Pastur law for entries of variance one."
     return brentq(lambda x: mp_cdf(x, q)-0.5, (1-q**0.5)**2, (1+q**0.5)**2)
 
-# %% ../nbs/02_metrics.ipynb #455f500b
+# %% ../nbs/02_metrics.ipynb #9fa9cf63
 def sigma_mp(
     evals:Tensor, # eigenvalues, shape (n,)
     N:int, # longer side of the matrices
     M:int, # shorter side
 )->float: # standard deviation of the entries
     "The noise level at which the Marchenko-Pastur median is the median of `evals`."
-    return (evals.double().quantile(0.5)/(N*mp_median(M/N))).sqrt().item()
+    return (np.median(evals)/(N*mp_median(M/N)))**0.5
 
-# %% ../nbs/02_metrics.ipynb #0d5260fc
+# %% ../nbs/02_metrics.ipynb #2f3941e9
+@lru_cache(None)
 def tracy_widom(
     p:float, # probability in (0, 1)
 )->float: # a quantile
     "Quantile of the Tracy-Widom law for real matrices."
     return gamma.ppf(p, 46.446)*0.186054 - 9.84801
 
-# %% ../nbs/02_metrics.ipynb #1653abb2
+# %% ../nbs/02_metrics.ipynb #95783993
 def bulk_max(
     sigma_mp:float, # noise level
     N:int, # longer side of the matrices
@@ -99,14 +100,14 @@ def bulk_max(
     a, b = (N-1)**0.5, M**0.5
     return sigma_mp**2*(a+b)*(a+b + (1/a+1/b)**(1/3)*tracy_widom(1-0.01/rf)) if N>1 else sigma_mp**2
 
-# %% ../nbs/02_metrics.ipynb #46e51b51
+# %% ../nbs/02_metrics.ipynb #a682d847
 def participation_ratio(
     evals:Tensor, # eigenvalues, shape (n,)
 )->float: # between 1 and n
     "Squared sum of the eigenvalues over the sum of their squares."
     return (evals.sum()**2/(evals**2).sum()).item()
 
-# %% ../nbs/02_metrics.ipynb #84b26181
+# %% ../nbs/02_metrics.ipynb #0cecac6d
 def detx_num(
     evals:Tensor, # eigenvalues, ascending, shape (n,)
 )->int: # between 1 and n
@@ -114,17 +115,17 @@ def detx_num(
     below = (evals/evals.mean()).log().flip(0).cumsum(0)<0
     return below.int().argmax().item()+1 if below.any() else len(evals)
 
-# %% ../nbs/02_metrics.ipynb #05fe8be4
+# %% ../nbs/02_metrics.ipynb #e9707a78
 def _evb_edge(q): t = 2.5129*q**0.5; return (1+t)*(1+q/t)
 
-def _evb_energy(s2, evals, N, q):
-    "Free energy at the noise level `s2`, up to constants (Nakajima et al. 2013)."
-    x = evals/(N*s2)
-    noise, z = x[x<=_evb_edge(q)], x[x>_evb_edge(q)]
+def _evb_energy(s2, x, sums, N, q):
+    "Free energy at the noise level `s2`, up to constants (Nakajima et al. 2013); `sums` are those of ascending `x` and log(x)."
+    k = np.searchsorted(x, N*s2*_evb_edge(q), 'right')
+    z = x[k:]/(N*s2)
     tau = (z-(1+q) + np.sqrt((z-(1+q))**2-4*q))/2
-    return (noise-np.log(noise)).sum() + (z-tau).sum() + np.log((tau+1)/z).sum() + q*np.log(tau/q+1).sum()
+    return sums[0][k]/(N*s2) - sums[1][k] + k*np.log(N*s2) + (z-tau + np.log((tau+1)/z) + q*np.log(tau/q+1)).sum()
 
-# %% ../nbs/02_metrics.ipynb #a4a471c4
+# %% ../nbs/02_metrics.ipynb #d560b74b
 def evb_rank(
     evals:Tensor, # eigenvalues, ascending, shape (n,)
     N:int, # longer side of the matrices
@@ -132,13 +133,14 @@ def evb_rank(
 )->int: # number of eigenvalues that are signal
     "The rank that empirical variational Bayes finds in a layer."
     x, q = evals.double().cpu().numpy(), M/N
-    x = x[x>0]
+    x = x[x>0]/x.mean()                                                  # the search below has an absolute tolerance
     bulk = x[:len(x)-int(np.ceil(len(x)/(1+q)))+1]             # noise at least
     lo, hi = max(bulk.mean(), bulk[-1]/_evb_edge(q))/N, x.mean()/N
-    s2 = minimize_scalar(_evb_energy, args=(x, N, q), bounds=(lo, hi), method='bounded').x if lo<hi else hi
+    sums = [np.r_[0, o.cumsum()] for o in (x, np.log(x))]
+    s2 = minimize_scalar(_evb_energy, args=(x, sums, N, q), bounds=(lo, hi), method='bounded').x if lo<hi else hi
     return int((x>N*s2*_evb_edge(q)).sum())
 
-# %% ../nbs/02_metrics.ipynb #51d12b3b
+# %% ../nbs/02_metrics.ipynb #5470da95
 def knowledge_gain(
     evals:Tensor, # eigenvalues, ascending, shape (n,)
     evb_rank:int, # how many of them are signal
@@ -150,7 +152,7 @@ def mapping_condition(evals, evb_rank):
     "The largest singular value over the smallest that is signal; NaN where none is."
     return (evals[-1]/evals[-evb_rank]).sqrt().item() if evb_rank else np.nan
 
-# %% ../nbs/02_metrics.ipynb #050655a4
+# %% ../nbs/02_metrics.ipynb #2930a6e4
 PRECISE = {'matrix_rank', 'entropy', 'evb_rank', 'knowledge_gain', 'mapping_condition'} # metrics that need the small eigenvalues
 
 METRICS = dict(
@@ -180,35 +182,38 @@ METRICS = dict(
     knowledge_gain = knowledge_gain,
     mapping_condition = mapping_condition)
 
-# %% ../nbs/02_metrics.ipynb #9e137d14
-_STEPS = dict(fit=lambda evals, method: fit_tail(evals.cpu(), method))
+# %% ../nbs/02_metrics.ipynb #3531af76
+_STEPS = dict(fit=fit_tail)
+
+@lru_cache(None)
+def _inputs(f): return tuple(signature(f).parameters)
 
 def _column(name, known):
     "Metric `name` from what is `known`; everything computed on the way becomes known."
     if name not in known:
         f = METRICS.get(name) or _STEPS[name]
-        known[name] = f(*[_column(a, known) for a in signature(f).parameters])
+        known[name] = f(*[_column(a, known) for a in _inputs(f)])
     return known[name]
 
-# %% ../nbs/02_metrics.ipynb #fa9f46fb
+# %% ../nbs/02_metrics.ipynb #4d128943
 def _bad_weights(w):
     "Why nothing can be computed from `w`, or ''."
-    lo, hi = (o.item() for o in w.aminmax())
+    x = w.numpy() if w.device.type=='cpu' else w                         # NumPy needs no second thread for this
+    x = x.real + x.imag if w.is_complex() else x
+    lo, hi = float(x.min()), float(x.max())
     if np.isfinite([lo, hi]).all(): return '' if lo or hi else f'all {w.numel()} weights are zero'
     return f'{(~torch.isfinite(w)).sum()} of {w.numel()} weights are NaN or infinite'
 
-# %% ../nbs/02_metrics.ipynb #156aabf3
-def _layer_metrics(w, columns, method, dtype=torch.float64):
-    "The eigenvalues of matrices `w` (None if there are none) and the `columns`, with a `warning`."
-    res, reason = dict.fromkeys(columns, np.nan), _bad_weights(w)
-    if reason: return None, res | dict(warning=reason)
-    known = dict(evals=esd(w, dtype), N=max(w.shape[-2:]), M=min(w.shape[-2:]), rf=len(w), method=method)
+# %% ../nbs/02_metrics.ipynb #cd2edfbd
+def _layer_metrics(evals, columns, N, M, rf, method):
+    "The `columns` of a layer with the eigenvalues `evals`, and a `warning`."
+    known, res, reason = dict(evals=evals, N=N, M=M, rf=rf, method=method), dict.fromkeys(columns, np.nan), ''
     for c in columns:
         try: res[c] = _column(c, known)
         except ValueError as e: reason = str(e)
-    return known['evals'], res | dict(warning=reason)
+    return res | dict(warning=reason)
 
-# %% ../nbs/02_metrics.ipynb #3c2fb344
+# %% ../nbs/02_metrics.ipynb #4e123b2d
 def shuffle_entries(
     w:Tensor, # matrices, shape (b, m, n)
     seed:int=0, # decides the order
@@ -217,35 +222,57 @@ def shuffle_entries(
     flat = w.flatten(1).float().cpu().numpy()
     return torch.from_numpy(np.random.default_rng(seed).permuted(flat, axis=1)).view(w.shape).to(w.device)
 
-# %% ../nbs/02_metrics.ipynb #523b39c3
-def _random_metrics(w, evals, seed, dtype):
-    "What the shuffled weights show."
-    N, M, rand = max(w.shape[-2:]), min(w.shape[-2:]), esd(shuffle_entries(w, seed), dtype)
-    edge = bulk_max(sigma_mp(rand, N, M), N, M, len(w))
+# %% ../nbs/02_metrics.ipynb #2b82c032
+def _random_metrics(rand, evals, N, M, rf):
+    "What the eigenvalues `rand` of the shuffled weights show."
+    edge = bulk_max(sigma_mp(rand, N, M), N, M, rf)
     return dict(rand_max=rand[-1].item(), rand_spikes=(evals>rand[-1]).sum().item(), rand_traps=(rand>edge).sum().item())
 
-# %% ../nbs/02_metrics.ipynb #5c79cc4a
+# %% ../nbs/02_metrics.ipynb #45ef8d1f
 def _distance(w, ref): return dict(distance=((w-ref).norm()/ref.norm()).item() if isinstance(ref, Tensor) and ref.shape==w.shape else np.nan)
 
-# %% ../nbs/02_metrics.ipynb #9c9072dd
+# %% ../nbs/02_metrics.ipynb #9d1ba466
 def _verdict(alpha): return 'over-trained' if alpha<2 else 'under-trained' if alpha>6 else ''
 
-# %% ../nbs/02_metrics.ipynb #1eaccaf3
+# %% ../nbs/02_metrics.ipynb #ed7c845e
 def _check_known(what, name, known):
     if name not in known: raise ValueError(f"{what} {name!r} is not known: use one of {', '.join(known)}")
 
-# %% ../nbs/02_metrics.ipynb #13c31ec2
-def _row(name, m, w, fit, conv, aspect, randomize, seed):
-    "One row of the table; `w` is the weight, or a text that says why there is none."
-    row = dict(name=name, type=type(m).__name__ if m else 'weight')
-    if isinstance(w, str): return row | dict(warning=w)
-    w = weight_matrices(w, conv, aspect)
-    N, M = sorted(w.shape[-2:])[::-1]
-    evals, res = _layer_metrics(w, METRICS, fit)
-    if randomize and evals is not None: res |= _random_metrics(w, evals, seed, torch.float64)
-    return row | dict(N=N, M=M, rf=len(w)) | res | dict(warning=res['warning'] or _verdict(res['alpha']))
+# %% ../nbs/02_metrics.ipynb #3046eaa0
+def _place(name, m): return dict(name=name, type=type(m).__name__ if m else 'weight', N=np.nan, M=np.nan, rf=np.nan)
 
-# %% ../nbs/02_metrics.ipynb #be3ba983
+def _sizes(w): return dict(N=max(w.shape[-2:]), M=min(w.shape[-2:]), rf=len(w))
+
+def _read(model, layers, conv, aspect, randomize, seed, refs):
+    "What is known of each layer before its eigenvalues are, and its matrices; with `randomize` its shuffled ones next."
+    for name,m,w in _layers(model, layers):
+        if not isinstance(w, Tensor):
+            if w: yield _place(name, m) | dict(warning=w), None
+            continue
+        far = _distance(w, refs[name][1]()) if name in refs else {}
+        w = weight_matrices(w, conv, aspect)
+        place, reason = _place(name, m) | _sizes(w) | far, _bad_weights(w)
+        yield place | dict(warning=reason), None if reason else w
+        if randomize and not reason: yield _sizes(w), shuffle_entries(w, seed)
+        del w                                                            # before the next one is read
+
+# %% ../nbs/02_metrics.ipynb #d576c3f4
+def _row(place, evals, fit):
+    "One row of the table."
+    res = dict.fromkeys(METRICS, np.nan) if evals is None else _layer_metrics(evals, METRICS, **{k: place[k] for k in ('N', 'M', 'rf')}, method=fit)
+    why = place.pop('warning') or res.pop('warning') or _verdict(res['alpha'])
+    return place | res | dict(warning=why)
+
+# %% ../nbs/02_metrics.ipynb #f08241de
+def _rows(layers, fit):
+    "The rows of the table from the pairs of `_read`."
+    rows, last = [], None
+    for place,evals in _esds(layers):
+        if 'name' in place: rows.append(dict(layer_id=len(rows)) | _row(place, evals, fit)); last = evals
+        else: rows[-1] |= _random_metrics(evals, last, **place)
+    return rows
+
+# %% ../nbs/02_metrics.ipynb #a76d7c15
 def analyze(
     model, # an `nn.Module`, or a mapping from names to tensors
     fit:str='ks', # how the tail is fitted, a key of `TAILS`
@@ -259,16 +286,13 @@ def analyze(
 )->pd.DataFrame: # one row per layer: place, shape, one column per metric, and `warning`
     "The spectral metrics of every layer of `model`."
     _check_known('fit', fit, TAILS)
-    rows, todo, refs = [], _layers(model, layers), {} if reference is None else _weights(reference)
-    if progress: todo = progress_bar(todo, total=len(select_layers(list(_weights(model)), layers)), leave=False)
-    for name,m,w in todo:
-        if isinstance(w, Tensor) or w: rows.append(dict(layer_id=len(rows)) | _row(name, m, w, fit, conv, aspect, randomize, seed))
-        if name in refs and isinstance(w, Tensor): rows[-1] |= _distance(w, refs[name][1]())
-        del w                                                            # before the next one is read
-    if not any('N' in r for r in rows): raise _no_layer(model, {r['name']: r['warning'] for r in rows})
-    return pd.DataFrame(rows)
+    todo = _read(model, layers, conv, aspect, randomize, seed, {} if reference is None else _weights(reference))
+    if progress: todo = progress_bar(todo, total=len(select_layers(list(_weights(model)), layers))*(1+randomize), leave=False)
+    df = pd.DataFrame(_rows(todo, fit))
+    if df.empty or df.N.isna().all(): raise _no_layer(model, {} if df.empty else dict(zip(df.name, df.warning)))
+    return df[[*df.columns.drop('warning'), 'warning']]
 
-# %% ../nbs/02_metrics.ipynb #50897d50
+# %% ../nbs/02_metrics.ipynb #c4a88b07
 def layer_scores(
     model, # an `nn.Module`, or a mapping from names to tensors
     metric:str='alpha', # a key of `METRICS`
@@ -279,11 +303,15 @@ def layer_scores(
 )->pd.DataFrame: # columns name, score (NaN where it cannot be had) and warning (why)
     "One metric of every layer of `model`."
     _check_known('metric', metric, METRICS); _check_known('fit', fit, TAILS)
-    dtype = torch.float64 if metric in PRECISE else torch.float32
-    rows = [dict(name=n, **_layer_metrics(w, [metric], fit, dtype)[1]) for n,_,w in layer_matrices(model, conv, layers, aspect)]
-    return pd.DataFrame(rows).rename(columns={metric: 'score'})
+    rows, skipped, dtype = [], {}, torch.float64 if metric in PRECISE else torch.float32
+    for place,evals in _esds(_read(model, layers, conv, aspect, False, 0, {}), dtype):
+        if np.isnan(place['N']): skipped[place['name']] = place['warning']; continue
+        res = {} if evals is None else _layer_metrics(evals, [metric], **{k: place[k] for k in ('N', 'M', 'rf')}, method=fit)
+        rows.append(dict(name=place['name'], score=res.get(metric, np.nan), warning=place['warning'] or res['warning']))
+    if not rows: raise _no_layer(model, skipped)
+    return pd.DataFrame(rows)
 
-# %% ../nbs/02_metrics.ipynb #bae6cdbf
+# %% ../nbs/02_metrics.ipynb #13f37567
 def summarize(
     df:pd.DataFrame, # from `analyze`
 )->dict: # metric -> mean over the layers that have it

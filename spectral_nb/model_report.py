@@ -100,7 +100,14 @@ def _kind_parts(found, most):
         yield _list(rows[['name', 'why']].values[:most])
         if len(rows)>most: yield f'and {len(rows)-most} more.'
 
-# %% ../nbs/06_model_report.ipynb #b5825c90
+# %% ../nbs/06_model_report.ipynb #693d5e6c
+def _alpha_by_depth(df):
+    "Alpha of each layer, on a log scale where one layer would flatten all others."
+    ax = plot_depth(df, band=HEALTHY)
+    ax.set(yscale='log' if df.alpha.max()>30 else 'linear')
+    return ax
+
+# %% ../nbs/06_model_report.ipynb #aec2e0a3
 def model_report(
     df:pd.DataFrame, # from `analyze`
     title:str, # what was analysed
@@ -113,7 +120,7 @@ def model_report(
     "A page about a model for a reader who does not know the theory."
     found, rows = findings(df), showcase(df) if model is not None else {}
     parts = [*notes, H2('What is measured'), _WHAT, _HEALTHY, H2('In short'), ' '.join(overview(df))]
-    if df.alpha.notna().any(): parts += [H2('Alpha from the first layer to the last'), 'The healthy range is shaded.', plot_depth(df, band=HEALTHY)]
+    if df.alpha.notna().any(): parts += [H2('Alpha from the first layer to the last'), 'The healthy range is shaded.', _alpha_by_depth(df)]
     parts += [H2('What stands out'), *(_kind_parts(found, most//10) if len(found) else ['No layer does.'])]
     if skipped: parts += [H3(f'Not analysed: {_count(len(skipped))}'), _list([*skipped.items()][:most//10])]
     if rows: parts += [H2('Spectra'), _ESD, _esds(model, rows, conv)]
