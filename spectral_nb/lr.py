@@ -337,15 +337,16 @@ def check_hyper(
     if bad: raise ValueError(f"{hyper}={bad[0][1]} in parameter group {bad[0][0]}: it must be a positive number")
     if not any(values): raise ValueError(f"{hyper}=0 in all parameter groups, so there is nothing to allocate: set it above 0")
 
-# %% ../nbs/20_lr.ipynb #f756b294
+# %% ../nbs/20_lr.ipynb #96d66d48
 def _check_optimizer(optimizer, hyper):
     groups, hooks = optimizer.param_groups, optimizer._optimizer_step_pre_hooks.values()
     if hyper not in groups[0]: raise ValueError(f"{type(optimizer).__name__} has no {hyper!r}: its parameter groups have {', '.join(k for k in groups[0] if k!='params')}")
     check_hyper([float(g.get(f'initial_{hyper}', g[hyper])) for g in groups], hyper)
     if any(isinstance(o, SpectralScheduler) and o.alloc.hyper==hyper for o in (getattr(f, '__self__', None) for f in hooks)):
         raise ValueError(f"two SpectralScheduler would multiply each other's {hyper}: remove() the first one")
-    if hyper=='lr':
-        for g in groups: g.setdefault('initial_lr', g['lr'])             # what a scheduler made later takes for the schedule's own rate
+    for g in groups:
+        if hyper=='lr': g.setdefault('initial_lr', float(g['lr']))       # what a scheduler made later takes for the schedule's own rate
+        if isinstance(g[hyper], Tensor): g[hyper] = g[hyper].clone()     # the groups may share one
 
 # %% ../nbs/20_lr.ipynb #bef99db6
 class SpectralScheduler:
