@@ -6,8 +6,8 @@ from torch import nn
 from torch.optim import lr_scheduler as sched
 from torchvision import models as tv
 from fastai.basics import Adam, Callback, Learner, OptimWrapper, Path, SGD, load_learner, ranger
-from fastai.callback.all import (CancelBatchException, CancelEpochException, EarlyStoppingCallback, GradientAccumulation, MixedPrecision, ReduceLROnPlateau,
-                                 SaveModelCallback, SchedCos, combined_cos)
+from fastai.callback.all import (CancelBatchException, CancelEpochException, EarlyStoppingCallback, GradientAccumulation, MixedPrecision, ParamScheduler, ReduceLROnPlateau,
+                                 SaveModelCallback, SchedLin, combined_cos)
 from spectral_nb.data import digits_dls
 from spectral_nb.lr import SpectralScheduler, assign_lr, group_layers, layer_groups
 from spectral_nb.lr_callback import SpectralLR, SpectralWD
@@ -474,3 +474,24 @@ def test_splitter_with_an_example():
     plain = make(cbs=SpectralLR())
     plain.fit(1)
     assert learn.spectral_lr.history.equals(plain.spectral_lr.history)
+
+def test_hill_scans_no_candidates(monkeypatch):
+    from spectral_nb import tail
+    def scan(*args, **kwargs): raise AssertionError('scanned')
+    for name in ('_best_ks', '_candidates', '_ks_bounds'): monkeypatch.setattr(tail, name, scan)
+    learn = make(cbs=SpectralLR())
+    learn.fit(1)
+    assert learn.spectral_lr.history.score.notna().all()
+    with pytest.raises(AssertionError, match='scanned'): layer_scores(learn.model, fit='ks')
+
+@pytest.mark.parametrize('lr, message', [(-0.1, 'lr=-0.1 in parameter group 0'), (0., 'lr=0 in all parameter groups')])
+@pytest.mark.parametrize('fit', SCHEDULES)
+def test_rates_must_be_positive(fit, lr, message):
+    learn, rec = make(cbs=SpectralLR()), UsedRates()
+    with pytest.raises(ValueError, match=message): getattr(learn, fit)(1, lr, cbs=rec)
+    assert not rec.seen
+
+def test_a_warmup_may_begin_at_zero():
+    learn, rec = make(cbs=SpectralLR()), UsedRates()
+    learn.fit(EPOCHS, cbs=[ParamScheduler({'lr': SchedLin(0., LR)}), rec])
+    np.testing.assert_allclose(rec.seen, (LR*np.arange(EPOCHS*BATCHES)/(EPOCHS*BATCHES))[:, None]*multipliers(learn, EPOCHS), rtol=1e-9)
