@@ -226,7 +226,7 @@ def _notes(df, model, held, skip_first_last):
     why |= dict.fromkeys(frozen, 'frozen') | {k: 'not in the optimizer' for k in df.name if k not in held}
     return [why.get(k, '') for k in df.name]
 
-# %% ../nbs/20_lr.ipynb #048175ce
+# %% ../nbs/20_lr.ipynb #0e755351
 class LayerAllocator:
     "Multipliers of one hyper-parameter for each layer, from the spectra, epoch by epoch."
     def __init__(self,
@@ -255,7 +255,11 @@ class LayerAllocator:
         self.assign([2., 3.])
         self.epochs = []
 
-    def reset(self, epoch:int=0): self.epochs = [o for o in self.epochs if o['epoch']<epoch]
+    def reset(self,
+        epoch:int=0, # the first epoch to forget
+    ):
+        "Forgets `epoch` and what came after it."
+        self.epochs = [o for o in self.epochs if o['epoch']<epoch]
 
     def look(self,
         model:nn.Module, # the model that is trained
@@ -302,10 +306,14 @@ class LayerAllocator:
         rows = [o['table'].assign(**{'epoch': o['epoch'], self.hyper: o['total']/o['n']}) for o in self.epochs if o['n']]
         return pd.concat(rows, ignore_index=True)[cols] if rows else pd.DataFrame(columns=cols)
 
-    def state_dict(self):
+    def state_dict(self)->dict: # plain numbers, strings and lists
+        "All that is needed to go on later."
         return dict(epochs=[dict(epoch=o['epoch'], n=o['n'], total=o['total'].tolist(), table=o['table'].to_dict('list')) for o in self.epochs if o['n']])
 
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+    ):
+        "Takes over the history in `state`."
         self.epochs = [o | dict(total=np.array(o['total']), table=pd.DataFrame(o['table'])) for o in state['epochs']]
 
 # %% ../nbs/20_lr.ipynb #e669b7c4
@@ -348,7 +356,7 @@ def _check_optimizer(optimizer, hyper):
         if hyper=='lr': g.setdefault('initial_lr', float(g['lr']))       # what a scheduler made later takes for the schedule's own rate
         if isinstance(g[hyper], Tensor): g[hyper] = g[hyper].clone()     # the groups may share one
 
-# %% ../nbs/20_lr.ipynb #bef99db6
+# %% ../nbs/20_lr.ipynb #43e2cd3d
 class SpectralScheduler:
     "Multiplies each layer's learning rate in a PyTorch optimizer by what its spectrum says at the start of an epoch."
     @delegates(LayerAllocator)
@@ -387,9 +395,13 @@ class SpectralScheduler:
         "One row per epoch and layer; `lr` is the mean over the steps of the epoch."
         return self.alloc.history
 
-    def state_dict(self): return self.alloc.state_dict() | dict(last_epoch=self.last_epoch)
+    def state_dict(self)->dict: # plain numbers, strings and lists
+        "All that is needed to go on later."
+        return self.alloc.state_dict() | dict(last_epoch=self.last_epoch)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+    ):
         "Goes on where `state` was taken; load the model before."
         self.alloc.load_state_dict(state)
         self.last_epoch = state['last_epoch']-1

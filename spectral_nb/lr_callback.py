@@ -24,7 +24,7 @@ def _planned(learn, hyper):
     scheds = [cb.scheds[hyper] for cb in learn.cbs if isinstance(cb, ParamScheduler) and hyper in cb.scheds]
     return np.max([np.broadcast_to(f(p), len(learn.opt.hypers)) for f in scheds for p in (0., 0.5)] or [[h[hyper] for h in learn.opt.hypers]], axis=0)
 
-# %% ../nbs/21_lr_callback.ipynb #f3001022
+# %% ../nbs/21_lr_callback.ipynb #4bbbaf1e
 class SpectralHyper(Callback):
     "Multiplies a hyper-parameter of each layer by what its spectrum says at the start of an epoch; subclasses name it in `hyper`."
     order,run_valid,hyper = ParamScheduler.order+1,False,None
@@ -74,8 +74,14 @@ class SpectralHyper(Callback):
         "One row per epoch and layer; the hyper-parameter is the mean over the batches of the epoch."
         return self.alloc.history
 
-    def state_dict(self): return self.alloc.state_dict()
-    def load_state_dict(self, state): self.alloc.load_state_dict(state)
+    def state_dict(self)->dict: # plain numbers, strings and lists
+        "All that is needed to go on later."
+        return self.alloc.state_dict()
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+    ):
+        "Takes over the history in `state`, for a fit that goes on with `start_epoch`."
+        self.alloc.load_state_dict(state)
 
 # %% ../nbs/21_lr_callback.ipynb #5b5b10a1
 class SpectralLR(SpectralHyper):
