@@ -1,13 +1,16 @@
 "Per-layer learning rates in a real training loop, batch by batch"
-import random, subprocess, sys
+import importlib, random, subprocess, sys, types
 from functools import partial
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from torch import nn
-from fastai.basics import Adam, Callback, Learner, OptimWrapper, Path, SGD, load_learner
-from fastai.callback.all import CancelBatchException, CancelEpochException, GradientAccumulation, ReduceLROnPlateau, combined_cos
+from torch.optim import lr_scheduler as sched
+from torchvision import models as tv
+from fastai.basics import Adam, Callback, Learner, OptimWrapper, Path, SGD, load_learner, ranger
+from fastai.callback.all import (CancelBatchException, CancelEpochException, EarlyStoppingCallback, GradientAccumulation, MixedPrecision, ParamScheduler, ReduceLROnPlateau,
+                                 SaveModelCallback, SchedLin, combined_cos)
 from spectral_nb.data import digits_dls
-from spectral_nb.lr import assign_lr, group_layers, layer_groups
-from spectral_nb.lr_callback import SpectralLR
+from spectral_nb.lr import SpectralScheduler, assign_lr, group_layers, layer_groups
+from spectral_nb.lr_callback import SpectralLR, SpectralWD
 from spectral_nb.metrics import layer_scores
 from spectral_nb.models import densenet40, vgg19
 
@@ -42,7 +45,7 @@ def multipliers(learn, n_epoch):
 SCHEDULES = dict(fit           = lambda pos: LR,
                  fit_one_cycle = combined_cos(0.25, LR/25, LR, LR/1e5),
                  fit_flat_cos  = combined_cos(0.75, LR, LR, LR/1e5))
-OPTS = dict(SGD=partial(SGD, mom=0.9), Adam=Adam, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+OPTS = dict(SGD=partial(SGD, mom=0.9), Adam=Adam, ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
 
 @pytest.mark.parametrize('opt', OPTS)
 @pytest.mark.parametrize('fit', SCHEDULES)
@@ -189,3 +192,306 @@ def test_batches_are_the_same_in_another_process():
     code = "from spectral_nb.data import digits_dls; import hashlib; print([hashlib.md5(x.numpy().tobytes()).hexdigest() for x,y in digits_dls().train][-1])"
     runs = {subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert len(runs)==1 and len(runs.pop())==33
+
+def used_rates(fit, opt=SGD, cbs=(), spectral=True, **kw):
+    "The rates of a fit, and the learner."
+    learn, rec = make(opt, SpectralLR() if spectral else (), **kw), UsedRates()
+    fit(learn, [rec, *cbs])
+    return np.array(rec.seen), learn
+
+FITS = dict(slice_cycle = lambda learn, cbs: learn.fit_one_cycle(EPOCHS, slice(LR/16, LR), cbs=cbs),
+            group_cycle = lambda learn, cbs: learn.fit_one_cycle(EPOCHS, np.geomspace(LR/8, LR, 5), cbs=cbs),
+            sgdr        = lambda learn, cbs: learn.fit_sgdr(2, 1, LR, cbs=cbs))
+
+@pytest.mark.parametrize('fit', FITS)
+def test_other_schedules_times_multiplier(fit):
+    rates, learn = used_rates(FITS[fit])
+    base, _ = used_rates(FITS[fit], spectral=False)
+    np.testing.assert_allclose(rates, base*multipliers(learn, EPOCHS), rtol=1e-9)
+    assert (fit=='sgdr') == (len(np.unique(base[0]))==1)
+
+def test_fine_tune():
+    def fit(learn, cbs): learn.fine_tune(EPOCHS, LR, cbs=cbs)
+    rates, learn = used_rates(fit)
+    base, _ = used_rates(fit, spectral=False)
+    np.testing.assert_allclose(rates[:BATCHES], base[:BATCHES], rtol=1e-12)                     # frozen: the last layer alone, at the global rate
+    np.testing.assert_allclose(rates[BATCHES:], base[BATCHES:]*multipliers(learn, EPOCHS), rtol=1e-9)
+    np.testing.assert_allclose(base[-1]/base[-1, -1], np.geomspace(0.01, 1, 5), rtol=1e-9)
+
+def test_freeze_to_trains_the_last_layers():
+    learn = make(cbs=SpectralLR(skip_first_last=False))
+    learn.freeze_to(-3)
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.fit(1)
+    h = learn.spectral_lr.history
+    assert h.note.tolist()==['frozen', 'frozen', '', '', ''] and h.mult[:2].tolist()==[1, 1] and sorted(h.mult[2:])[::2]==[0.5, 1.5]
+    moved = [n for (n,p),o in zip(learn.model.named_parameters(), before) if not torch.equal(p, o)]
+    assert moved==['2.weight', '2.bias'] + [f'{i}.{k}' for i in (6, 8, 10) for k in ('weight', 'bias')]    # and the batch norm, which fastai never freezes
+
+class CPUBf16(MixedPrecision):
+    "As fastai does it on a GPU."
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+
+@pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:.*cuda is not available')
+@pytest.mark.parametrize('cb', [partial(CPUBf16, amp_mode='bf16'), MixedPrecision])
+def test_mixed_precision(cb):
+    class Kinds(Callback):
+        def before_fit(self): self.seen = set()
+        def after_pred(self): self.seen.add(torch.is_autocast_enabled('cpu'))
+    rates, learn = used_rates(lambda learn, cbs: learn.fit(EPOCHS, LR, cbs=cbs), cbs=[cb(), kinds := Kinds()])
+    np.testing.assert_allclose(rates, LR*multipliers(learn, EPOCHS), rtol=1e-12)
+    assert kinds.seen=={cb is not MixedPrecision}
+
+def test_save_model_and_early_stopping(tmp_path):
+    learn = make(cbs=SpectralLR(), path=tmp_path)
+    rec = UsedRates()
+    learn.fit(9, cbs=[rec, SaveModelCallback(with_opt=True), EarlyStoppingCallback(min_delta=1e9, patience=2)])
+    assert learn.spectral_lr.history.epoch.unique().tolist()==[0, 1, 2]
+    np.testing.assert_allclose(rec.seen, LR*multipliers(learn, 3), rtol=1e-12)
+    learn.load('model', with_opt=True, weights_only=False)
+    assert [h['lr'] for h in learn.opt.hypers]==[LR]*5                        # what was saved are the schedule's own rates
+
+def test_resume_from_a_saved_epoch(tmp_path):
+    def new():
+        learn = make(partial(SGD, mom=0.9), SpectralLR(smooth=0.7, period=2), path=tmp_path)
+        learn.dls.train.epoch = 0
+        return learn
+    learn, whole = new(), UsedRates()
+    learn.fit_one_cycle(5, LR, cbs=[whole, SaveModelCallback(every_epoch=True, with_opt=True, fname='m')])
+    state = learn.spectral_lr.state_dict()
+    torch.save(state, tmp_path/'s.pth')
+    again, part = new(), UsedRates()
+    again.create_opt()
+    again.load('m_2', with_opt=True, weights_only=False)
+    again.spectral_lr.load_state_dict(torch.load(tmp_path/'s.pth', weights_only=True))
+    again.dls.train.epoch = 3
+    again.fit_one_cycle(5, LR, cbs=part, start_epoch=3)
+    np.testing.assert_allclose(part.seen, whole.seen[3*BATCHES:], rtol=1e-9)
+    pd.testing.assert_frame_equal(again.spectral_lr.history, learn.spectral_lr.history)
+    new_run = make(cbs=SpectralLR(smooth=0.7, period=2))
+    new_run.fit(1)
+    assert new_run.spectral_lr.history.score.tolist()!=learn.spectral_lr.history.score[-5:].tolist()
+
+class FakeBoard:
+    "What TensorBoard and Weights & Biases are told."
+    def __init__(self, *args, **kwargs): self.seen = {}
+    def add_scalar(self, tag, value, step): self.seen[tag, step] = float(value)
+    def log(self, values, step=None): self.seen |= {(k, step): v for k,v in values.items()}
+    def close(self): pass
+
+def fake_logger(monkeypatch, name):
+    "fastai's own callback on a stand-in for the package that it needs."
+    board = FakeBoard()
+    modules = dict(tensorboard=dict(), wandb=dict(log=board.log, config=types.SimpleNamespace(update=lambda *a, **k: None), watch=lambda *a, **k: None,
+                   run=types.SimpleNamespace(step=0, summary={})), **{'torch.utils.tensorboard': dict(SummaryWriter=lambda **k: board)})
+    for k,v in modules.items(): monkeypatch.setitem(sys.modules, k, types.SimpleNamespace(**v))
+    monkeypatch.delitem(sys.modules, f'fastai.callback.{name}', raising=False)
+    mod = importlib.import_module(f'fastai.callback.{name}')
+    return board, mod.TensorBoardCallback(trace_model=False, log_preds=False) if name=='tensorboard' else mod.WandbCallback(log_preds=False)
+
+@pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
+def test_layers_reach_the_loggers(monkeypatch, name):
+    board, cb = fake_logger(monkeypatch, name)
+    learn = make(cbs=SpectralLR())
+    learn.fit(2, cbs=cb)
+    h = learn.spectral_lr.history
+    for key,column in (('alpha', 'score'), ('lr', 'lr')):
+        for layer,g in h.groupby('layer'): assert [v for (k,_),v in board.seen.items() if k==f'{key}/{layer}']==g[column].tolist()
+    used = [v for (k,i),v in board.seen.items() if k=='lr_2' and i%BATCHES]           # TensorBoard's last one is overwritten in validation
+    assert set(used[:4])=={h.lr[h.layer=='6'].iloc[0]}                                          # their own per-group rates are the used ones
+
+def test_weight_decay_alone():
+    learn = make(cbs=[SpectralWD(), rec := UsedRates()], wd=0.1)
+    class UsedDecay(Callback):
+        order = 70
+        def before_fit(self): self.seen = []
+        def before_step(self): self.seen.append([h['wd'] for h in self.opt.hypers])
+    learn.fit_one_cycle(EPOCHS, LR, cbs=(wd := UsedDecay()))
+    h = learn.spectral_wd.history
+    np.testing.assert_allclose(wd.seen, 0.1*h.mult.to_numpy().reshape(EPOCHS, -1).repeat(BATCHES, 0), rtol=1e-12)
+    assert np.ptp(rec.seen, 1).max()==0 and list(h.columns)==['epoch', 'layer', 'score', 'mult', 'wd', 'note'] and [o['wd'] for o in learn.opt.hypers]==[0.1]*5
+
+def test_controls_use_the_multipliers_of_linear():
+    mults = {}
+    for how in ('linear', 'reversed', 'shuffled'):
+        learn = make(cbs=SpectralLR(how=how))
+        learn.fit(1)
+        mults[how] = learn.spectral_lr.history.mult[1:-1].to_numpy()
+    assert sorted(mults['reversed'])==sorted(mults['shuffled'])==sorted(mults['linear'])
+    assert (mults['shuffled']!=mults['linear']).all() and mults['reversed'].argmax()==mults['linear'].argmin()
+
+def test_gate_leaves_doubtful_layers_alone():
+    learn = make(cbs=SpectralLR(gate=dict(n_min=1, D_max=9, spread_min=1, p_end=0)))            # everything passes
+    learn.fit(1)
+    assert set(learn.spectral_lr.history.note)=={'', 'first or last layer'}
+    learn = make(cbs=SpectralLR(gate=True))
+    with pytest.warns(UserWarning, match='all layers have the global lr'): learn.fit(1)
+    h = learn.spectral_lr.history
+    assert set(h.mult)=={1.} and h.note[1:-1].str.contains('fewer than 20').all() and h.score.notna().all()
+
+def test_warmup_and_smoothing():
+    learn, rec = make(cbs=SpectralLR(warmup=2, smooth=0.9)), UsedRates()
+    raw = []
+    class Scores(Callback):
+        order = 70
+        def before_train(self): raw.append(layer_scores(self.model).score.to_numpy())
+    learn.fit(4, cbs=[rec, Scores()])
+    h = learn.spectral_lr.history
+    assert np.unique(rec.seen[:2*BATCHES]).tolist()==[LR] and np.ptp(rec.seen[2*BATCHES])>0
+    expected = [raw[0]]
+    for r in raw[1:]: expected.append(0.9*expected[-1] + 0.1*r)
+    np.testing.assert_allclose(h.score.to_numpy().reshape(4, 5), expected, rtol=1e-9)
+
+# torch schedulers
+
+def torch_parts(make_sched, spectral, opt=torch.optim.SGD):
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Linear(24, 24) for _ in range(5)])
+    opt = opt([dict(params=ps) for ps in layer_groups(net)], lr=0.1)
+    if spectral=='before': spectral = SpectralScheduler(opt, net); return net, opt, make_sched(opt), spectral
+    s = make_sched(opt)
+    return net, opt, s, SpectralScheduler(opt, net) if spectral else None
+
+def torch_rates(make_sched, spectral=True, per_batch=False, epochs=6, steps=3, **kw):
+    "The rates that the optimizer uses, and the scheduler."
+    net, opt, s, spec = torch_parts(make_sched, spectral, **kw)
+    used, loss = [], torch.tensor(1.)
+    opt.register_step_pre_hook(lambda opt, *a: used.append([float(g['lr']) for g in opt.param_groups]))
+    step = partial(s.step, loss) if isinstance(s, sched.ReduceLROnPlateau) else s.step
+    for epoch in range(epochs):
+        for _ in range(steps):
+            opt.zero_grad(); net(torch.randn(4, 24)).square().mean().backward(); opt.step()
+            if per_batch: step()
+        if not per_batch: step()
+        if spec: spec.step()
+    return np.array(used), spec
+
+TORCH = dict(exponential = lambda o: sched.ExponentialLR(o, 0.8),
+             multiplicative = lambda o: sched.MultiplicativeLR(o, lambda e: 0.9),
+             step        = lambda o: sched.StepLR(o, 2, 0.5),
+             linear      = lambda o: sched.LinearLR(o, 0.1, 1., 4),
+             cosine      = lambda o: sched.CosineAnnealingLR(o, 6, eta_min=0.03),
+             restarts    = lambda o: sched.CosineAnnealingWarmRestarts(o, 2),
+             lambda_     = lambda o: sched.LambdaLR(o, lambda e: e/4),                           # a warm-up from zero
+             lambdas     = lambda o: sched.LambdaLR(o, [lambda e, i=i: 1/(1+i*e) for i in range(5)]),
+             plateau     = lambda o: sched.ReduceLROnPlateau(o, patience=0, factor=0.5, min_lr=0.02),
+             chained     = lambda o: sched.ChainedScheduler([sched.ExponentialLR(o, 0.9), sched.StepLR(o, 3)], optimizer=o),
+             sequential  = lambda o: sched.SequentialLR(o, [sched.ConstantLR(o, 0.1, 2), sched.ExponentialLR(o, 0.9)], [2]),
+             one_cycle   = lambda o: sched.OneCycleLR(o, 0.5, total_steps=19))
+
+@pytest.mark.filterwarnings('ignore:.*lr_scheduler.step', 'ignore:.*epoch parameter')
+@pytest.mark.parametrize('where', ['after', 'before'])
+@pytest.mark.parametrize('name', TORCH)
+def test_chained_with_any_torch_scheduler(name, where):
+    kw = dict(per_batch=name=='one_cycle')
+    base, _ = torch_rates(TORCH[name], False, **kw)
+    rates, spec = torch_rates(TORCH[name], where, **kw)
+    mult = spec.history.mult.to_numpy().reshape(6, 5).repeat(3, 0)
+    np.testing.assert_allclose(rates, base*mult, rtol=1e-9)
+    assert mult.min()==0.5 and mult.max()==1.5
+
+def test_schedulers_without_training():
+    "A dry run shows the multiplied schedule."
+    for name in ('exponential', 'lambda_', 'one_cycle', 'step'):
+        net, opt, s, spec = torch_parts(TORCH[name], True)
+        mult = np.array(spec.get_last_lr()) if name!='lambda_' else None
+        free = torch_parts(TORCH[name], False)
+        for _ in range(5):
+            opt._opt_called = free[1]._opt_called = True
+            s.step(); free[2].step(); spec.step()
+            rates, base = [np.array([g['lr'] for g in o.param_groups]) for o in (opt, free[1])]
+            if mult is None: mult = rates/base
+            np.testing.assert_allclose(rates/rates[0], mult/mult[0], rtol=1e-9); np.testing.assert_allclose(rates[0], base[0], rtol=1e-9)
+
+def test_tensor_rates():
+    adam = lambda groups, lr: torch.optim.Adam(groups, lr=torch.tensor(lr, dtype=torch.float64), capturable=False, foreach=False)
+    rates, spec = torch_rates(TORCH['exponential'], opt=adam)
+    base, _ = torch_rates(TORCH['exponential'], False, opt=adam)
+    np.testing.assert_allclose(rates, base*spec.history.mult.to_numpy().reshape(6, 5).repeat(3, 0), rtol=1e-9)
+
+# groups of networks by others
+
+def empty(make): 
+    with torch.device('meta'): net = make()
+    return net.to_empty(device='cpu')
+
+def owners(model, example=None):
+    "Parameter -> layer that it is grouped with."
+    names, groups = {id(p): n for n,p in model.named_parameters()}, layer_groups(model, example)
+    assert sorted(id(p) for g in groups for p in g)==sorted(names)
+    return {names[id(p)]: k for g,k in zip(groups, group_layers(model, groups)) for p in g}
+
+def vit(): return tv.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=7)
+
+OWNERS = dict(
+    vgg19_bn    = (tv.vgg19_bn, {'features.1': 'features.0', 'features.50': 'features.49', 'classifier.6': 'classifier.6'}),
+    resnet18    = (tv.resnet18, {'bn1': 'conv1', 'layer1.0.bn2': 'layer1.0.conv2', 'layer2.0.downsample.1': 'layer2.0.downsample.0', 'layer4.1.bn1': 'layer4.1.conv1'}),
+    densenet121 = (tv.densenet121, {'features.norm0': 'features.conv0', 'features.denseblock1.denselayer1.norm1': 'features.conv0',
+                   'features.denseblock1.denselayer1.norm2': 'features.denseblock1.denselayer1.conv1', 'features.transition1.norm': 'features.denseblock1.denselayer6.conv2',
+                   'features.denseblock2.denselayer1.norm1': 'features.transition1.conv', 'features.norm5': 'features.denseblock4.denselayer16.conv2'}),
+    vit         = (vit, {'encoder.layers.encoder_layer_0.ln_1': 'conv_proj', 'encoder.layers.encoder_layer_0.ln_2': 'encoder.layers.encoder_layer_0.self_attention.out_proj',
+                   'encoder.layers.encoder_layer_1.ln_1': 'encoder.layers.encoder_layer_0.mlp.3', 'encoder.ln': 'encoder.layers.encoder_layer_1.mlp.3'}))
+
+@pytest.mark.parametrize('name', OWNERS)
+def test_groups_of_torchvision(name):
+    net = empty(OWNERS[name][0])
+    own = owners(net)
+    for k,layer in OWNERS[name][1].items(): assert own[f'{k}.weight']==own[f'{k}.bias']==layer
+    assert [k for k,v in own.items() if v is None]==(['class_token', 'encoder.pos_embedding'] if name=='vit' else [])
+    assert owners(net)==own
+    if name!='vgg19_bn': assert owners(net, torch.randn(1, 3, 32, 32))==own                    # tracing and running agree
+
+class RMS(nn.Module):
+    def __init__(self, n): super().__init__(); self.gain = nn.Parameter(torch.zeros(n))
+    def forward(self, x): return x*(1+self.gain)
+
+class Backwards(nn.Module):
+    "Registered from the end to the start, with a branch on the data."
+    def __init__(self):
+        super().__init__()
+        self.norm2, self.fc2, self.norm1, self.fc1, self.scale = RMS(8), nn.Linear(8, 8), RMS(8), nn.Linear(8, 8), nn.Parameter(torch.ones(()))
+    def forward(self, x):
+        x = self.norm1(self.fc1(x)).relu()
+        return self.norm2(self.fc2(x))*self.scale if x.sum()>-1e9 else x
+
+def test_groups_of_an_untraceable_network():
+    net = Backwards()
+    before = {k: v.clone() for k,v in net.state_dict().items()}
+    assert owners(net, torch.randn(2, 8))=={'norm2.gain': 'fc2', 'fc2.weight': 'fc2', 'fc2.bias': 'fc2', 'norm1.gain': 'fc1', 'fc1.weight': 'fc1', 'fc1.bias': 'fc1', 'scale': None}
+    assert owners(net)=={'norm2.gain': None, 'fc2.weight': 'fc2', 'fc2.bias': 'fc2', 'norm1.gain': 'fc2', 'fc1.weight': 'fc1', 'fc1.bias': 'fc1', 'scale': None}
+    assert net.training and all(torch.equal(v, before[k]) for k,v in net.state_dict().items()) and not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+def test_an_example_does_not_train_the_norms():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    layer_groups(net, torch.randn(8, 4)+5)
+    assert net[1].num_batches_tracked==0 and net.training
+
+def test_splitter_with_an_example():
+    learn = make(cbs=SpectralLR(), splitter=partial(layer_groups, example=torch.randn(2, 1, 8, 8)))
+    learn.fit(1)
+    plain = make(cbs=SpectralLR())
+    plain.fit(1)
+    assert learn.spectral_lr.history.equals(plain.spectral_lr.history)
+
+def test_hill_scans_no_candidates(monkeypatch):
+    from spectral_nb import tail
+    def scan(*args, **kwargs): raise AssertionError('scanned')
+    for name in ('_best_ks', '_candidates', '_ks_bounds'): monkeypatch.setattr(tail, name, scan)
+    learn = make(cbs=SpectralLR())
+    learn.fit(1)
+    assert learn.spectral_lr.history.score.notna().all()
+    with pytest.raises(AssertionError, match='scanned'): layer_scores(learn.model, fit='ks')
+
+@pytest.mark.parametrize('lr, message', [(-0.1, 'lr=-.* in parameter group 0'), (0., 'lr=0 in all parameter groups')])
+@pytest.mark.parametrize('fit', SCHEDULES)
+def test_rates_must_be_positive(fit, lr, message):
+    learn, rec = make(cbs=SpectralLR()), UsedRates()
+    with pytest.raises(ValueError, match=message): getattr(learn, fit)(1, lr, cbs=rec)
+    assert not rec.seen
+
+def test_a_warmup_may_begin_at_zero():
+    learn, rec = make(cbs=SpectralLR()), UsedRates()
+    learn.fit(EPOCHS, cbs=[ParamScheduler({'lr': SchedLin(0., LR)}), rec])
+    np.testing.assert_allclose(rec.seen, (LR*np.arange(EPOCHS*BATCHES)/(EPOCHS*BATCHES))[:, None]*multipliers(learn, EPOCHS), rtol=1e-9)
