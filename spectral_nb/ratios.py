@@ -154,7 +154,7 @@ def _give_back(taken, price):
         while taken[i] and price(less := taken-np.eye(len(taken), dtype=int)[i])==price(taken): taken = less
     return taken
 
-# %% ../nbs/30_ratios.ipynb #39589954
+# %% ../nbs/30_ratios.ipynb #da3cdf47
 def hand_ratios(
     ratios:dict, # layer name -> share of its channels to remove, nothing for layers that are not named
     sizes:dict, # layer name -> number of channels
@@ -170,7 +170,8 @@ def hand_ratios(
     if kept==sizes: raise ValueError(f"the ratios remove none of {n} channels: raise one of them")
     gone, slack = (1-cost(kept)/cost(dict(sizes)), tol) if cost else (1-sum(kept.values())/n, len(sizes)/n)
     what = 'the cost' if cost else f'{n} channels'
-    if target is not None and abs(gone-target)>slack: raise ValueError(f"the ratios remove {gone:.3f} of {what}, not target={target}: leave target out, or change them")
+    if target is not None and abs(gone-target)>slack:
+        raise ValueError(f"the ratios remove {gone:.3f} of {what}, not target={target}: leave target out, or change them")
     return {k: (s-kept[k])/s for k,s in sizes.items()}
 
 # %% ../nbs/30_ratios.ipynb #4963a981
@@ -194,7 +195,7 @@ def _moments(scores, sizes, how, eps, protect, seed):
         except ValueError as e: raise ValueError(f"{k}: ratios {how!r} got {e}") from e
     return [one(k, n) for k,n in sizes.items()]
 
-# %% ../nbs/30_ratios.ipynb #bf18c3fe
+# %% ../nbs/30_ratios.ipynb #3f55cc0d
 def _price(cost, widths, names):
     "The cost of a number of steps in each layer, remembered."
     known = lru_cache(None)(lambda kept: float(cost(dict(zip(names, kept)))))
@@ -203,11 +204,13 @@ def _price(cost, widths, names):
 def _meet(order, widths, price, goal, tol, full, said):
     "Steps of each layer that bring `price` within `tol` of `goal`, or an error that tells what can be had."
     most = np.array([len(w)-1 for w in widths])
-    if not len(order) or price(most)>goal+tol: raise ValueError(f"{said} cannot be met: at most {1-price(most)/full:.3f} can go with these bounds, raise max_ratio or lower min_channels")
+    share = lambda taken: 1-price(taken)/full
+    if not len(order) or price(most)>goal+tol:
+        raise ValueError(f"{said} cannot be met: at most {share(most):.3f} can go with these bounds, raise max_ratio or lower min_channels")
     taken = _cross(order, len(widths), price, goal)
-    if not taken.any(): raise ValueError(f"{said} rounds to none: nothing would be removed, use at least {1-price(np.eye(len(most), dtype=int)[order[0]])/full:.2g}")
+    if not taken.any(): raise ValueError(f"{said} rounds to none: nothing would be removed, use at least {share(np.bincount(order[:1], minlength=len(most))):.2g}")
     taken = _repair(taken, most, price, goal, tol)
-    if abs(price(taken)-goal)>tol: raise ValueError(f"{said} cannot be met, the nearest found is {1-price(taken)/full:.4f}: take that, or a larger tol")
+    if abs(price(taken)-goal)>tol: raise ValueError(f"{said} cannot be met, the nearest found is {share(taken):.4f}: take that, or a larger tol")
     return _give_back(taken, price)
 
 # %% ../nbs/30_ratios.ipynb #5de6961f

@@ -7,7 +7,7 @@ from scipy.stats import kendalltau, spearmanr
 from torch import nn
 from torch.nn import functional as F
 from spectral_nb.explain import *
-from spectral_nb.explain import MEASURES, _draws, _performance, _rank_correlations, _signs
+from spectral_nb.explain import RANK_MEASURES, _draws, _performance, _rank_correlations, _signs
 from spectral_nb.models import vgg19, densenet40, eval_mode
 from spectral_nb.prune import prune
 
@@ -46,7 +46,7 @@ def test_bootstrap_is_resampling():
     args = _signs(x, g), _signs(y, g), np.ones((25, 25)), c
     for k,f in (('kendall', kendalltau), ('spearman', spearmanr)):
         rows = [np.repeat(np.arange(25), n.astype(int)) for n in c]
-        np.testing.assert_allclose(MEASURES[k](*args), [f(x[i], y[i]).statistic for i in rows], atol=1e-12)
+        np.testing.assert_allclose(RANK_MEASURES[k](*args), [f(x[i], y[i]).statistic for i in rows], atol=1e-12)
 
 def test_interval_covers_the_truth():
     "Of 200 samples of 60 pairs with a normal correlation of .6, about 95 % have the true tau, 2/pi asin(.6), in their interval."

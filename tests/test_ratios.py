@@ -99,14 +99,15 @@ def test_more_never_gives_back(layers, how, target, more):
     assert all(a[k]<=b[k] for k in sizes)
 
 def chain(sizes, side=8):
-    "Parameters and multiply-adds of a chain of 3x3 convolutions that halves the image every other layer, and a time that falls in steps of 8 channels."
+    "Costs of a chain of 3x3 convolutions, whose image halves every other layer; a time that falls in steps of 8 channels; readers of one trunk that is as wide as its widest reader."
     def params(kept): w = [3, *kept.values()]; return sum(9*a*b+2*b for a,b in zip(w, w[1:]))
     def flops(kept): w = [3, *kept.values()]; return sum(9*a*b*(side/2**(i//2))**2 for i,(a,b) in enumerate(zip(w, w[1:])))
     def latency(kept): w = [3, *kept.values()]; return sum(5+(-(-a//8))*(-(-b//8)) for a,b in zip(w, w[1:]))
-    return dict(params=params, flops=flops, latency=latency)
+    def trunk(kept): return sum(9*12*k for k in kept.values()) + 27*max(kept.values())
+    return dict(params=params, flops=flops, latency=latency, trunk=trunk)
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(16, 300), min_size=4, max_size=12), st.floats(.05, .9), HOW, st.sampled_from(['params','flops']))
+@given(st.lists(st.integers(16, 300), min_size=4, max_size=12), st.floats(.05, .9), HOW, st.sampled_from(['params','flops','trunk']))
 def test_costs_are_met(ls, target, how, by):
     "Within half a percent of parameters or multiply-adds, in networks whose layers have 16 channels or more."
     sizes, = named([ls])
@@ -123,7 +124,7 @@ def test_costs_are_met(ls, target, how, by):
     assert len(calls)<600 and all(list(c)==list(sizes) for c in calls)
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(2, 6), min_size=2, max_size=3), st.floats(.1, .8), st.sampled_from(['params','flops','latency']), st.sampled_from(['uniform','spectral']))
+@given(st.lists(st.integers(2, 6), min_size=2, max_size=3), st.floats(.1, .8), st.sampled_from(['params','flops','latency','trunk']), st.sampled_from(['uniform','spectral']))
 def test_coarse_costs_by_brute_force(ls, target, by, how):
     "In tiny networks: what comes back holds the budget, and what is refused for its bounds no configuration could hold."
     sizes, = named([ls])
