@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASSIGN', 'assign_lr', 'layer_groups', 'group_layers', 'LayerAllocator', 'check_hyper', 'SpectralScheduler']
 
-# %% ../nbs/20_lr.ipynb #c35471c5
+# %% ../nbs/20_lr.ipynb #2f750941
 import warnings
 import numpy as np, pandas as pd, torch
 from fnmatch import fnmatchcase
@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 from .goodness import tail_doubt
-from .matrices import layer_matrices, weight_layers
-from .metrics import PRECISE, _layer_metrics, layer_scores
+from .matrices import weight_layers
+from .metrics import _layer_columns, layer_scores
 from .models import eval_mode
 
 # %% ../nbs/20_lr.ipynb #e28c29ff
@@ -190,15 +190,12 @@ def _per_layer(df, layers):
     own = [n if n in layers else n.rpartition('.')[0] or '(model)' for n in df.name]
     return df.assign(name=own).groupby('name', sort=False, as_index=False).agg(dict(score='mean', warning=_join_texts, doubt=_join_texts))
 
-# %% ../nbs/20_lr.ipynb #1ad51513
+# %% ../nbs/20_lr.ipynb #e3c06d77
 def _gated_scores(model, metric, fit, conv, gate):
     "Like `layer_scores`, with a column `doubt` that says what is wrong with the fit."
-    columns, rows = list(dict.fromkeys([metric, 'fit', 'spectral_norm'])), []
-    for name,_,w in layer_matrices(model, conv):
-        r = _layer_metrics(w, columns, fit, torch.float64 if metric in PRECISE else torch.float32)[1]
-        doubt = tail_doubt(r['fit'], r['spectral_norm'], **gate) if isinstance(r['fit'], tuple) else ''
-        rows.append(dict(name=name, score=r[metric], warning=r['warning'], doubt=doubt))
-    return pd.DataFrame(rows)
+    df = _layer_columns(model, list(dict.fromkeys([metric, 'fit', 'spectral_norm'])), fit, conv)
+    doubt = [tail_doubt(f, top, **gate) if isinstance(f, tuple) else '' for f,top in zip(df.fit, df.spectral_norm)]
+    return df.assign(score=df[metric], doubt=doubt)
 
 def _scores(model, metric, fit, conv, gate):
     "Score, warning and doubt of each layer of `model`, whatever the precision around."

@@ -292,7 +292,18 @@ def analyze(
     if df.empty or df.N.isna().all(): raise _no_layer(model, {} if df.empty else dict(zip(df.name, df.warning)))
     return df[[*df.columns.drop('warning'), 'warning']]
 
-# %% ../nbs/02_metrics.ipynb #c4a88b07
+# %% ../nbs/02_metrics.ipynb #aabc6d2e
+def _layer_columns(model, columns, fit, conv, layers=None, aspect=None):
+    "Name, `columns` and warning of each layer that has weights."
+    rows, skipped, dtype = [], {}, torch.float64 if PRECISE & set(columns) else torch.float32
+    for place,evals in _esds(_read(model, layers, conv, aspect, False, 0, {}), dtype):
+        if np.isnan(place['N']): skipped[place['name']] = place['warning']; continue
+        res = dict.fromkeys(columns, np.nan) if evals is None else _layer_metrics(evals, columns, **{k: place[k] for k in ('N', 'M', 'rf')}, method=fit)
+        rows.append(dict(name=place['name']) | res | dict(warning=place['warning'] or res['warning']))
+    if not rows: raise _no_layer(model, skipped)
+    return pd.DataFrame(rows)
+
+# %% ../nbs/02_metrics.ipynb #b6b4676e
 def layer_scores(
     model, # an `nn.Module`, or a mapping from names to tensors
     metric:str='alpha', # a key of `METRICS`
@@ -303,15 +314,9 @@ def layer_scores(
 )->pd.DataFrame: # columns name, score (NaN where it cannot be had) and warning (why)
     "One metric of every layer of `model`."
     _check_known('metric', metric, METRICS); _check_known('fit', fit, TAILS)
-    rows, skipped, dtype = [], {}, torch.float64 if metric in PRECISE else torch.float32
-    for place,evals in _esds(_read(model, layers, conv, aspect, False, 0, {}), dtype):
-        if np.isnan(place['N']): skipped[place['name']] = place['warning']; continue
-        res = {} if evals is None else _layer_metrics(evals, [metric], **{k: place[k] for k in ('N', 'M', 'rf')}, method=fit)
-        rows.append(dict(name=place['name'], score=res.get(metric, np.nan), warning=place['warning'] or res['warning']))
-    if not rows: raise _no_layer(model, skipped)
-    return pd.DataFrame(rows)
+    return _layer_columns(model, [metric], fit, conv, layers, aspect).rename(columns={metric: 'score'})
 
-# %% ../nbs/02_metrics.ipynb #13f37567
+# %% ../nbs/02_metrics.ipynb #cf647c6d
 def summarize(
     df:pd.DataFrame, # from `analyze`
 )->dict: # metric -> mean over the layers that have it
