@@ -88,7 +88,7 @@ def test_vgg_loss_curve(monkeypatch):
     exact, direct = losses(plain(model).double(), x.double(), y), losses(plain(model), x, y)
     seen = calls(monkeypatch)
     fast = losses(model, x, y)
-    assert len(seen)==8*3 and exact[-1]<.5*exact[0]
+    assert len(seen)==8*3 and exact[-1]<exact[0]-.1
     assert (fast-exact).abs().max() < 1e-4*exact[0] and (direct-exact).abs().max() < 1e-4*exact[0]
 
 def test_densenet_is_plain():
