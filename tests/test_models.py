@@ -105,3 +105,15 @@ def test_copies(model):
     a, x = model().eval(), torch.randn(2, 3, 16, 16)
     b = build_model(a.config).eval(); b.load_state_dict(a.state_dict())
     for m in b, copy.deepcopy(a), pickle.loads(pickle.dumps(a)): assert torch.equal(m(x), a(x))
+
+def test_in_a_learner(monkeypatch):
+    "fastai's tensors pass through, and one parameter group per layer is found."
+    import fastai.callback.progress
+    from fastai.basics import Learner, SGD
+    from spectral_nb.data import digits_dls
+    from spectral_nb.lr import layer_groups
+    seen, dls = calls(monkeypatch), digits_dls(16, bs=512)
+    learn = Learner(dls, vgg19(cfg=[16,'M',64,64,'M','M',64]), opt_func=SGD, splitter=layer_groups)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
+    assert len(seen)==2*len(dls.train) and [len(o) for o in learn.opt.param_lists]==[3]*4+[2]
+    assert torch.tensor(learn.recorder.losses[-1]) < learn.recorder.losses[0]
