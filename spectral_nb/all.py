@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/70_all.ipynb #8c19575f
+# %% ../nbs/70_all.ipynb #39b32fa6
 from .matrices import *
 from .tail import *
 from .goodness import *
@@ -15,11 +15,15 @@ from .plots import *
 from .report import *
 from .model_report import *
 from .data import *
+from .small_conv import *
 from .models import *
 from .lr import *
 from .lr_callback import *
+from .baselines import *
 from .ratios import *
+from .importance import *
 from .prune import *
+from .explain import *
 from .experiment import *
 
 __all__ = [o for o in list(globals()) if not o.startswith('_')]

@@ -123,12 +123,12 @@ def _dls(data, bs, seed, items=None, size=None):
     _check(items is None or data!='digits', f'items={items}: digits are few and always taken whole, leave --items out')
     return get(bs=bs, seed=seed, **{k: v for k,v in dict(items=items, size=size).items() if v is not None})
 
-# %% ../nbs/60_cli.ipynb #253de565
+# %% ../nbs/60_cli.ipynb #8658d218
 @call_parse
 def spectral_train(
     arch:str='vgg19', # network: vgg19 or densenet40
     data:str='digits', # images: digits (embedded), cifar10 or cifar100
-    lr:str='spectral', # learning rates by layer: spectral, uniform, sqrt, log2 or step
+    lr:str='spectral', # learning rates by layer: spectral, uniform, sqrt, log2, step, sigmoid, reversed or shuffled
     max_lr:float=0.05, # largest global learning rate of the schedule
     epochs:int=10, # passes over the data
     bs:int=128, # images per batch

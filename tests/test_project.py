@@ -46,6 +46,11 @@ def test_readme_current():
     assert res.returncode==0, res.stderr
     assert res.stdout==(root/'README.md').read_text(), 'README.md is not what nbs/index.ipynb gives: run `make readme`'
 
+def test_pages():
+    "Each notebook becomes a page of the documentation"
+    res = python('import sys; sys.path.insert(0, "docs"); from pages import page; from nbdev.doclinks import nbglob; [page(p) for p in sorted(nbglob(as_path=True))]')
+    assert res.returncode==0, res.stderr[-3000:]
+
 def test_constraints():
     "Every direct requirement is pinned, within its limits"
     cfg = ConfigParser(delimiters=['='])
