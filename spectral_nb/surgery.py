@@ -148,7 +148,12 @@ def cut_tensor(
         if idx is not None: t = t.index_select(d, idx.to(t.device))
     return t
 
-# %% ../nbs/30c_surgery.ipynb #2d2efce1
+# %% ../nbs/30c_surgery.ipynb #12c9df18
+def _layout(tensors):
+    "Channels last if one of `tensors` is, beyond doubt."
+    last = any(t.ndim==4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
+    return torch.channels_last if last else torch.contiguous_format
+
 def _assign(copy, model, axes):
     "Give `copy` the remaining values of `model`, its modes and its frozen parameters."
     state, own = dict(model.named_parameters()) | dict(model.named_buffers()), dict(model.named_modules())
@@ -158,8 +163,7 @@ def _assign(copy, model, axes):
             for k,t in d.items():
                 if t is None: continue
                 full = state[f'{name}.{k}' if name else k]
-                last = torch.channels_last if full.ndim==4 and full.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-                new = cut_tensor(full.detach(), axes[f'{name}.{k}' if name else k]).clone(memory_format=last)
+                new = cut_tensor(full.detach(), axes[f'{name}.{k}' if name else k]).clone(memory_format=_layout([full]))
                 d[k] = nn.Parameter(new, requires_grad=full.requires_grad) if isinstance(t, nn.Parameter) else new
     return copy
 
