@@ -358,24 +358,30 @@ def _graph_plan(model, example):
     return _Plan(units, {k: g.width for k,g in groups.items()}, {k: list(dict.fromkeys(w[0] for w in g.writers)) for k,g in groups.items()}, {k: g.why for k,g in groups.items()},
                  partial(_graph_importance, model, groups), lambda keep: cut_channels(model, example, by_name(keep)), lambda keep: silence_channels(model, list(groups.values()), by_name(keep)))
 
-# %% ../nbs/31_prune.ipynb #f3c996c4
+# %% ../nbs/31_prune.ipynb #ec03a547
 def _outputs(model, example):
     with eval_mode(model): return [o for o in tree_leaves(model(example)) if isinstance(o, Tensor)]
 
-def _agree(slim, masked, example, tol=1e-3):
+def _agree(slim, masked, example):
     "Do both give the same outputs, up to rounding?"
-    try: a, b = _outputs(slim, example), _outputs(masked, example)
-    except Exception: return False
+    tol, a, b = torch.finfo(next(masked.parameters()).dtype).eps**.5, _outputs(slim, example), _outputs(masked, example)
     return len(a)==len(b) and all(o.shape==p.shape and (o-p).abs().max()<=tol*(p.abs().max()+1e-6) for o,p in zip(a, b))
 
-def _verify(plan, keep, slim, masked, example):
-    "An error that names the layers whose loss the graph did not foresee."
-    if _agree(slim, masked, example): return
+def _operate(plan, keep, example):
+    "Slim network, axes and masked network; None if they do not agree or cannot be made."
+    try: (slim, axes), masked = plan.cut(keep), plan.silence(keep)
+    except MemoryError: raise
+    except Exception: return
+    try: return (slim, axes, masked) if _agree(slim, masked, example) else None
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError): return
+
+def _verified(plan, keep, example):
+    "`_operate`, or an error that names the layers whose loss the graph did not foresee."
+    if res := _operate(plan, keep, example): return res
     whole = {u: torch.arange(plan.sizes[u.layer]) for u in plan.units}
-    trial = lambda u,idx: _agree(plan.cut(whole|{u: idx})[0], plan.silence(whole|{u: idx}), example)
-    bad = [u.layer for u,idx in keep.items() if len(idx)<plan.sizes[u.layer] and not trial(u, idx)]
+    bad = [u.layer for u,idx in keep.items() if len(idx)<plan.sizes[u.layer] and not _operate(plan, whole|{u: idx}, example)]
     raise ValueError(f"without channels of {', '.join(bad) or 'these layers together'} the network does not compute what it computes with them silenced: "
-                     f"something behind them mixes channels. Leave them whole, with skip={bad}")
+                     f"something behind them mixes channels. Leave them whole, with skip={bad or list(plan.sizes)[:1]}")
 
 # %% ../nbs/31_prune.ipynb #d61d3722
 def _prunable(plan, skip):
@@ -386,7 +392,7 @@ def _prunable(plan, skip):
     if all(why.values()): raise ValueError("no channels can go: " + '; '.join(f'{k}: {w}' for k,w in why.items()))
     return why
 
-# %% ../nbs/31_prune.ipynb #e907b9d5
+# %% ../nbs/31_prune.ipynb #26b8729d
 @delegates(channel_ratios, but='how')
 def prune(
     model:nn.Module, # any network, left as it is; all but `VGG` and `DenseNet` need the package torch-pruning
@@ -414,14 +420,13 @@ def prune(
     else: ratios = channel_ratios(scores.score[list(sizes)].fillna(scores.score[list(sizes)].mean()).to_dict(), sizes, target, how=ratios, **kwargs)
     ratios = dict.fromkeys(plan.sizes, 0.) | ratios
     keep = {u: torch.arange(plan.sizes[u.layer]) if why[u.layer] else _most(plan.importance(u, importance), ratios[u.layer]) for u in plan.units}
-    (slim, axes), masked = plan.cut(keep), plan.silence(keep)
-    if not _arch(model): _verify(plan, keep, slim, masked, example)
+    slim, axes, masked = (*plan.cut(keep), plan.silence(keep)) if _arch(model) else _verified(plan, keep, example)
     after, scores = _macs(slim, example), scores.assign(warning=[why[k] or w for k,w in scores.warning.items()])
     channels = sum(sizes.values()), sum(len(idx) for u,idx in keep.items() if u.layer in sizes)
     return PruneReport(slim, masked, _table(model, slim, keep, plan.sizes, scores, ratios, (before, after)), channels,
                        (n_params(model), n_params(slim)), (before[''], after['']), keep, axes)
 
-# %% ../nbs/31_prune.ipynb #ec393886
+# %% ../nbs/31_prune.ipynb #e0c573f9
 def spectra_change(
     before:nn.Module, # the full network
     after:nn.Module, # the slim network, perhaps trained further
@@ -429,8 +434,8 @@ def spectra_change(
     fit:str='hill', # how the tail is fitted, a key of `TAILS`
 )->pd.DataFrame: # one row per layer, each metric before and after
     "The spectra of both networks beside each other."
-    a, b = (analyze(m, fit=fit, progress=False).set_index('name')[list(metrics)] for m in (before, after))
-    return a.join(b, lsuffix='_before', rsuffix='_after')[[f'{m}_{w}' for m in metrics for w in ('before', 'after')]]
+    dfs = {w: analyze(m, fit=fit, progress=False).set_index('name')[list(metrics)] for w,m in (('before', before), ('after', after))}
+    return pd.DataFrame({f'{m}_{w}': df[m] for m in metrics for w,df in dfs.items()})
 
 # %% ../nbs/31_prune.ipynb #695929b7
 _FORMAT, _VERSION = 'spectral_nb.slim', 1

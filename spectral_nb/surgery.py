@@ -148,7 +148,7 @@ def cut_tensor(
         if idx is not None: t = t.index_select(d, idx.to(t.device))
     return t
 
-# %% ../nbs/30c_surgery.ipynb #12c9df18
+# %% ../nbs/30c_surgery.ipynb #18108bf7
 def _layout(tensors):
     "Channels last if one of `tensors` is, beyond doubt."
     last = any(t.ndim==4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
@@ -181,7 +181,9 @@ def cut_channels(
         gone = sorted(set(range(pruner.get_out_channels(m))) - set(idx.tolist()))
         if gone: graph.get_pruning_group(m, pruner.prune_out_channels, gone).prune()
     shapes = {k: t.shape for k,t in (*model.named_parameters(), *model.named_buffers())}
-    axes = {k: _axes(t.detach(), shapes[k]) for k,t in (*copy.named_parameters(), *copy.named_buffers())}
+    rest = {k: t.detach() for k,t in (*copy.named_parameters(), *copy.named_buffers())}
+    if gone := [k for k,t in rest.items() if not t.numel() and shapes[k].numel()]: raise ValueError(f"nothing would be left of {', '.join(gone)}: keep more channels, or leave its layer whole")
+    axes = {k: _axes(t, shapes[k]) for k,t in rest.items()}
     return _assign(copy, model, axes), axes
 
 # %% ../nbs/30c_surgery.ipynb #3f0fb6ac
