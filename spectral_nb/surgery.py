@@ -96,7 +96,9 @@ def _roots(tp, graph, model):
         seen.update(d.target.module for d,_ in group if graph.is_out_channel_pruning_fn(d.handler) and isinstance(d.target.module, _FREE[:2]))
         yield group
 
-# %% ../nbs/30c_surgery.ipynb #8917d3f7
+# %% ../nbs/30c_surgery.ipynb #47f112d2
+def _size(m, dim): return m.weight.shape[dim] if m.weight is not None else m.num_features
+
 def _coupled(tp, graph, group, names):
     "`group` as `Coupled`."
     parts = dict(writers=[], norms=[], readers=[])
@@ -108,6 +110,8 @@ def _coupled(tp, graph, group, names):
         dim = 0 if is_norm else int(reads) ^ isinstance(m, _TRANSPOSED)
         parts['norms' if is_norm else 'readers' if reads else 'writers'].append((names[m], dim, torch.tensor(item.root_idxs), torch.tensor(item.idxs)))
     why = next(filter(None, (_obstacle(tp, d.target.module) for d,_ in group)), '')
+    lost = [k for v in parts.values() for k,dim,_,idx in v if len(idx) and idx.max()>=_size(graph.model.get_submodule(k), dim)]
+    if lost and not why: why = f'the graph loses track of them at {lost[0]}'
     return Coupled(names[group[0].dep.target.module], len(group[0].idxs), **parts, why=why)
 
 def coupled_channels(

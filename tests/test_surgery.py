@@ -1,7 +1,7 @@
 "Networks of all kinds through their dependency graph: slim equals masked, counts agree with other counts, and what cannot be done is refused"
 import ast, re, sys, pytest, torch, torchvision
 from unittest.mock import patch as mock
-from hypothesis import given, settings, HealthCheck, strategies as st
+from hypothesis import given, settings, HealthCheck, Phase, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -122,7 +122,7 @@ class Random(nn.Module):
         self.steps, self.end, self.mods, widths = [], end, nn.ModuleList(), [3]
         def add(*ms): self.mods.append(nn.Sequential(*ms)); return len(self.mods)-1
         for kind,i,j,w,act in steps:
-            i, j = i%len(widths), j%len(widths)
+            i, j = (len(widths)-1-i%min(3, len(widths)-1), 1+j%(len(widths)-1)) if len(widths)>1 else (0, 0) # not the image, whose channels are no choice
             c, norm = widths[i], lambda n: nn.BatchNorm2d(n) if w%2 else nn.Identity()
             if kind=='conv': self.steps.append((kind, i, j, act, add(nn.Conv2d(c, w, 1+2*(w%3==0), padding=int(w%3==0), bias=w%5>0), norm(w)))); n = w
             if kind=='depthwise': self.steps.append((kind, i, j, act, add(nn.Conv2d(c, c, 3, padding=1, groups=c), norm(c)))); n = c
@@ -142,17 +142,24 @@ class Random(nn.Module):
             xs.append(ACTS[act](o))
         return self.head(xs[-1].flatten(1) if self.end=='flat' else xs[-1].mean((2,3)))
 
-steps = st.lists(st.tuples(st.sampled_from(['conv','conv','depthwise','grouped','add','cat','half']), st.integers(0, 9), st.integers(0, 9), st.integers(2, 9), st.sampled_from([0,0,0,1,2,3])), min_size=1, max_size=6)
+steps = st.lists(st.tuples(st.sampled_from(['conv','conv','depthwise','grouped','add','add','cat','cat','half']), st.integers(0, 9), st.integers(0, 9), st.integers(2, 9), st.sampled_from([0,0,0,1,2,3])), min_size=1, max_size=6)
 REFUSALS = 'no channels can go|mixes channels|cannot be met|rounds to none'
 seen = dict(slim=0, refused=0)
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(st.integers(2, 9), steps, st.sampled_from(['flat','mean']), st.sampled_from([.2,.5,.8]))
 def check_random(first, steps, end, target):
     torch.manual_seed(0)
     model = disturbed(Random([('conv', 0, 0, first, 0), *steps], end)).double()
     state, x = {k: v.clone() for k,v in model.state_dict().items()}, torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    try: r = prune(model, x, target, ratios='uniform', importance='l1', min_evals=10**9)
+    go = lambda skip=None: prune(model, x, target, ratios='uniform', importance='l1', min_evals=10**9, skip=skip)
+    def heeding():
+        "With the layers left whole that a first refusal names."
+        try: return go()
+        except ValueError as e:
+            if not (hint := re.search(r'skip=(\[.*\])', str(e))): raise
+            return go(ast.literal_eval(hint[1]))
+    try: r = heeding()
     except ValueError as e:
         assert re.search(REFUSALS, str(e)), e
         seen['refused'] += 1
@@ -166,7 +173,7 @@ def check_random(first, steps, end, target):
 @pytest.mark.filterwarnings('ignore')
 def test_random_networks():
     check_random()
-    print(seen); assert seen["slim"]>=200, seen
+    assert sum(seen.values())==300 and seen["slim"]>=200, seen
 
 # What is refused
 
