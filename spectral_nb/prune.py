@@ -147,13 +147,22 @@ def dense_slices(
     slices = {name: (w and torch.tensor(w), i) for name,w,i in zip(['stem', *(u.layer for u in keep)], [*writes, None], ins)}
     return c | dict(outs=outs, reads=reads), slices | {u.norm: (idx, None) for u,idx in keep.items()}
 
-# %% ../nbs/31_prune.ipynb #b382a6d8
+# %% ../nbs/31_prune.ipynb #910478ed
+def _select(trunk, reads, width, layout, floats=2**18):
+    "The channels `reads` of `trunk`, its first `width` if None, in memory format `layout`, about `floats` at a time."
+    n, c, *hw = trunk.shape
+    k = width if reads is None else len(reads)
+    res = torch.empty(n, k, *hw, dtype=trunk.dtype, device=trunk.device, memory_format=layout)
+    step = max(1, floats//(k*hw[0]*hw[1]))
+    rows = None if reads is None else (torch.arange(min(step, n), device=trunk.device)[:, None]*c+reads).flatten()
+    for i in range(0, n, step):
+        t = trunk[i:i+step]
+        res[i:i+step] = t[:, :width] if reads is None else t.view(len(t)*c, -1).index_select(0, rows[:len(t)*k]).view(-1, k, *hw)
+    return res
+
 def _read(reader, trunk, width, layout):
     "What `reader` makes of the first `width` channels of `trunk`."
-    n, c, *hw = trunk.shape
-    if reader.reads is None: x = trunk[:, :width]
-    else: x = trunk.view(n*c, -1).index_select(0, (torch.arange(n, device=trunk.device)[:, None]*c+reader.reads).flatten()).view(n, -1, *hw)
-    return F.relu_(reader.norm(x.contiguous(memory_format=layout)))
+    return F.relu_(reader.norm(_select(trunk, reader.reads, width, layout)))
 
 def _dense_block(layers, last, x):
     "What `last` reads when the `layers` have added their channels to `x`."
@@ -166,11 +175,11 @@ def _dense_block(layers, last, x):
         width += o
     return _read(last, trunk, width, layout)
 
-# %% ../nbs/31_prune.ipynb #4ed6ff55
+# %% ../nbs/31_prune.ipynb #b030332e
 class SlimDenseNet(DenseNet):
     "A `DenseNet` that selects channels at little cost when no gradients are wanted."
     def forward(self, x):
-        if torch.is_grad_enabled(): return super().forward(x)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling(): return super().forward(x)
         x = self.stem(x)
         for block,trans in (self.block1, self.trans1), (self.block2, self.trans2): x = F.avg_pool2d(trans.conv(_dense_block(block, trans, x)), 2)
         return self.head.fc(_dense_block(self.block3, self.head, x).mean((2,3)))

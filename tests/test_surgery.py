@@ -142,7 +142,7 @@ class Random(nn.Module):
             xs.append(ACTS[act](o))
         return self.head(xs[-1].flatten(1) if self.end=='flat' else xs[-1].mean((2,3)))
 
-steps = st.lists(st.tuples(st.sampled_from(['conv','conv','depthwise','grouped','add','add','cat','cat','half']), st.integers(0, 9), st.integers(0, 9), st.integers(2, 9), st.sampled_from([0,0,0,1,2,3])), min_size=1, max_size=6)
+steps = st.lists(st.tuples(st.sampled_from(['conv']*3 + ['depthwise','grouped'] + ['add','cat']*2 + ['half']), st.integers(0, 9), st.integers(0, 9), st.integers(2, 9), st.sampled_from([0,0,0,1,2,3])), min_size=1, max_size=6)
 REFUSALS = 'no channels can go|mixes channels|cannot be met|rounds to none'
 seen = dict(slim=0, refused=0)
 
@@ -173,7 +173,7 @@ def check_random(first, steps, end, target):
 @pytest.mark.filterwarnings('ignore')
 def test_random_networks():
     check_random()
-    assert sum(seen.values())==300 and seen["slim"]>=200, seen
+    assert sum(seen.values())==300 and seen["slim"]>=150, seen
 
 # What is refused
 
