@@ -147,18 +147,18 @@ def dense_slices(
     slices = {name: (w and torch.tensor(w), i) for name,w,i in zip(['stem', *(u.layer for u in keep)], [*writes, None], ins)}
     return c | dict(outs=outs, reads=reads), slices | {u.norm: (idx, None) for u,idx in keep.items()}
 
-# %% ../nbs/31_prune.ipynb #910478ed
-def _select(trunk, reads, width, layout, floats=2**18):
-    "The channels `reads` of `trunk`, its first `width` if None, in memory format `layout`, about `floats` at a time."
-    n, c, *hw = trunk.shape
-    k = width if reads is None else len(reads)
-    res = torch.empty(n, k, *hw, dtype=trunk.dtype, device=trunk.device, memory_format=layout)
-    step = max(1, floats//(k*hw[0]*hw[1]))
-    rows = None if reads is None else (torch.arange(min(step, n), device=trunk.device)[:, None]*c+reads).flatten()
-    for i in range(0, n, step):
-        t = trunk[i:i+step]
-        res[i:i+step] = t[:, :width] if reads is None else t.view(len(t)*c, -1).index_select(0, rows[:len(t)*k]).view(-1, k, *hw)
-    return res
+# %% ../nbs/31_prune.ipynb #1e7f2572
+def _rows(trunk, reads, width): return trunk[:width] if reads is None else trunk.index_select(0, reads)
+
+def _select(trunk, reads, width, layout, pixels=1024):
+    "The channels `reads` of `trunk`, its first `width` if None, in memory format `layout`; large images one by one."
+    n, c, h, w = trunk.shape
+    if layout is not torch.channels_last or h*w<pixels:
+        rows = trunk[:, :width] if reads is None else trunk.view(n*c, h, w).index_select(0, (torch.arange(n, device=trunk.device)[:, None]*c+reads).flatten()).view(n, -1, h, w)
+        return rows.contiguous(memory_format=layout)
+    res = trunk.new_empty(n, h*w, width if reads is None else len(reads))
+    for o,t in zip(res, trunk.flatten(2)): o.copy_(_rows(t, reads, width).t())
+    return res.view(n, h, w, -1).movedim(-1, 1)
 
 def _read(reader, trunk, width, layout):
     "What `reader` makes of the first `width` channels of `trunk`."
@@ -216,7 +216,7 @@ def slim_network(
     "The network without the other channels."
     return _cut(model, keep)[0]
 
-# %% ../nbs/31_prune.ipynb #c239520a
+# %% ../nbs/31_prune.ipynb #a174451b
 @dataclass(repr=False)
 class PruneReport:
     "A slim network and what it cost to make it."
@@ -239,7 +239,7 @@ class PruneReport:
         ax.bar(t.index, t.channels_after/t.channels_before, width=.8)
         ax.axhline(self.channels[1]/self.channels[0], color='C1', ls='--', label='all layers')
         for i in t.index[t.stage.diff()>0]: ax.axvline(i-.5, color='gray', ls=':')
-        ax.set(xlabel='layer, by depth', ylabel='share kept', ylim=(0, 1.1)); ax.legend(loc='upper right', ncols=2, frameon=False)
+        ax.set(xlabel='layer, by depth', ylabel='share kept', ylim=(0, 1.3)); ax.legend(loc='upper right', ncols=2, frameon=False)
         return ax
 
 # %% ../nbs/31_prune.ipynb #b1ebef41

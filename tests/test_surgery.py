@@ -239,3 +239,23 @@ def test_frozen_and_half_stay():
         full = model.get_parameter(k).detach()
         for d,i in enumerate(r.axes[k]): full = full if i is None else full.index_select(d, i)
         assert torch.equal(p, full)
+
+def test_gradual_in_a_learner(tmp_path):
+    "A network with shortcuts is cut in two steps, keeps its optimizer, and a stopped run goes on."
+    from fastai.basics import Adam, Learner
+    from spectral_nb.data import digits, tensor_dls
+    from spectral_nb.prune_callback import SpectralPrune
+    d = digits()
+    def learner():
+        dls = tensor_dls(d.subset(slice(0, 64)), d.subset(slice(64, 96)), bs=32, device='cpu')
+        return Learner(dls, disturbed(ResNet(BasicBlock, [1,1,1,1], num_classes=10)), opt_func=Adam, cbs=SpectralPrune(.6, steps=2))
+    def fit(learn, n, **kwargs):
+        with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3, **kwargs)
+        return learn
+    whole = fit(learner(), 2)
+    n = whole.spectral_prune.counts
+    assert n[1]==n[0]-round(.6*n[0]) and whole.spectral_prune.history.step.tolist()==[1,2]
+    assert all(s['sqr_avg'].shape==p.shape for p,_,s,_ in whole.opt.all_params() if 'sqr_avg' in s)
+    with pytest.warns(UserWarning, match='before epoch 1'): path = fit(learner(), 1).save_pruned(tmp_path/'half.safetensors')
+    rest = fit(learner().load_pruned(path), 2, start_epoch=1)
+    assert rest.spectral_prune.counts==n and rest.spectral_prune.done==2
