@@ -4,33 +4,41 @@
 
 # %% auto #0
 __all__ = ['IMPORTANCES', 'SLICES', 'Unit', 'vgg_units', 'dense_units', 'gamma_importance', 'l1_importance', 'mask_channels',
-           'vgg_slices', 'dense_slices', 'slim_network', 'PruneReport', 'prune', 'save_slim', 'load_slim']
+           'vgg_slices', 'dense_slices', 'SlimDenseNet', 'slim_network', 'PruneReport', 'prune', 'spectra_change',
+           'save_slim', 'load_slim']
 
-# %% ../nbs/31_prune.ipynb #409bdd3b
+# %% ../nbs/31_prune.ipynb #e290c17b
 import json
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd, torch, matplotlib.pyplot as plt
+from fastcore.basics import listify
 from fastcore.meta import delegates
 from torch import nn, Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
-from .metrics import layer_scores, _check_known
-from .models import VGG, DenseNet, Reader, Head, Transition, build_model, dense_outs, trunk_widths, layer_macs, n_params
+from .metrics import analyze, layer_scores, _check_known
+from .models import VGG, DenseNet, Reader, Head, Transition, dense_outs, trunk_widths, eval_mode, layer_macs, n_params
 from .ratios import channel_ratios
+from .surgery import coupled_channels, cut_channels, cut_tensor, silence_channels, _layout
 
-# %% ../nbs/31_prune.ipynb #3011b01d
+# %% ../nbs/31_prune.ipynb #3fe41066
 class Unit(NamedTuple):
     "Channels that are chosen together."
     layer:str # name of the layer whose spectrum is scored
-    norm:str  # name of the batch norm on the channels
+    norm:str  # name of the batch norm on the channels, '' if there is none
     dim:int   # dimension of the layer's weight that holds the channels: 0 if it writes them, 1 if it reads them
     stage:int # 0 before the first pool or transition, 1 behind it, and so on
 
-# %% ../nbs/31_prune.ipynb #b8a71a8f
+# %% ../nbs/31_prune.ipynb #18344d5d
 def vgg_units(
     model:VGG, # full or slim network
 )->list: # one `Unit` for each convolution
@@ -41,7 +49,7 @@ def vgg_units(
         if isinstance(m, nn.Conv2d): units.append(Unit(f'features.{name}', f'features.{after}', 0, stage))
     return units
 
-# %% ../nbs/31_prune.ipynb #0b0e2e5e
+# %% ../nbs/31_prune.ipynb #21fc2f2d
 def dense_units(
     model:DenseNet, # full or slim network
 )->list: # one `Unit` for each dense layer, transition and head
@@ -53,7 +61,7 @@ def dense_units(
         stage += isinstance(m, Transition)
     return units
 
-# %% ../nbs/31_prune.ipynb #4e6df59d
+# %% ../nbs/31_prune.ipynb #1d67db1d
 def gamma_importance(
     layer:nn.Module, # layer of the unit
     norm:nn.Module, # batch norm of the unit
@@ -69,16 +77,25 @@ def l1_importance(layer, norm, dim):
 
 IMPORTANCES = dict(gamma=gamma_importance, l1=l1_importance)
 
-# %% ../nbs/31_prune.ipynb #0f74e7d2
+# %% ../nbs/31_prune.ipynb #97476473
+def _important(name, layer, norm, dim, importance):
+    "`IMPORTANCES[importance]` of layer `name`, checked."
+    try: score = IMPORTANCES[importance](layer, norm, dim)
+    except AttributeError as e:
+        if norm is None: raise ValueError(f"{name}: importance {importance!r} reads a batch norm and none follows: use one that reads weights, such as 'l1'") from e
+        raise
+    if score.isfinite().all(): return score
+    raise ValueError(f"{name}: importance {importance!r} is NaN or infinite in {(~score.isfinite()).sum()} of {len(score)} channels: repair its weights and norm first")
+
+def _most(score, ratio):
+    "Indices of the highest scores, ascending; the share `ratio` goes."
+    return score.argsort(descending=True, stable=True)[:len(score)-round(ratio*len(score))].sort().values.cpu()
+
 def _keep(model, unit, ratio, importance):
     "Indices of the channels that `unit` keeps, ascending."
-    score = IMPORTANCES[importance](model.get_submodule(unit.layer), model.get_submodule(unit.norm), unit.dim)
-    if not score.isfinite().all(): raise ValueError(f"{unit.layer}: importance {importance!r} is NaN or infinite in "
-                                                    f"{(~score.isfinite()).sum()} of {len(score)} channels: repair its weights and norm first")
-    n = len(score)-round(ratio*len(score))
-    return score.argsort(descending=True, stable=True)[:n].sort().values.cpu()
+    return _most(_important(unit.layer, model.get_submodule(unit.layer), model.get_submodule(unit.norm), unit.dim, importance), ratio)
 
-# %% ../nbs/31_prune.ipynb #1daedee7
+# %% ../nbs/31_prune.ipynb #10d55d24
 def mask_channels(
     model:nn.Module, # full network, left as it is
     keep:dict, # `Unit` -> indices of the channels it keeps
@@ -91,7 +108,7 @@ def mask_channels(
         with torch.no_grad(): norm.weight[off] = 0; norm.bias[off] = 0
     return model
 
-# %% ../nbs/31_prune.ipynb #711d6e77
+# %% ../nbs/31_prune.ipynb #6b1d479b
 def vgg_slices(
     model:VGG, # full or slim network
     keep:dict, # `Unit` -> indices of the channels it keeps
@@ -104,7 +121,7 @@ def vgg_slices(
         last = idx
     return config, slices | dict(classifier=(None, last))
 
-# %% ../nbs/31_prune.ipynb #e8e193e1
+# %% ../nbs/31_prune.ipynb #268be88c
 def _shrink_trunk(outs, reads):
     "Drop the trunk channels of one block that nobody reads: what each layer still writes, and what each reader then reads."
     used, ends = set().union(*reads), list(accumulate(outs))
@@ -112,7 +129,7 @@ def _shrink_trunk(outs, reads):
     place = {p: i for i,p in enumerate(sum(writes, []))}
     return [[p-e+o for p in w] for w,o,e in zip(writes, outs, ends)], [[place[p] for p in r] for r in reads]
 
-# %% ../nbs/31_prune.ipynb #fccb1a0e
+# %% ../nbs/31_prune.ipynb #fc67f170
 def dense_slices(
     model:DenseNet, # full or slim network
     keep:dict, # `Unit` -> indices of the channels it keeps
@@ -130,37 +147,76 @@ def dense_slices(
     slices = {name: (w and torch.tensor(w), i) for name,w,i in zip(['stem', *(u.layer for u in keep)], [*writes, None], ins)}
     return c | dict(outs=outs, reads=reads), slices | {u.norm: (idx, None) for u,idx in keep.items()}
 
-# %% ../nbs/31_prune.ipynb #208856bc
-SLICES = {VGG: (vgg_units, vgg_slices), DenseNet: (dense_units, dense_slices)}
+# %% ../nbs/31_prune.ipynb #1e7f2572
+def _rows(trunk, reads, width): return trunk[:width] if reads is None else trunk.index_select(0, reads)
+
+def _select(trunk, reads, width, layout, pixels=1024):
+    "The channels `reads` of `trunk`, its first `width` if None, in memory format `layout`; large images one by one."
+    n, c, h, w = trunk.shape
+    if layout is not torch.channels_last or h*w<pixels:
+        rows = trunk[:, :width] if reads is None else trunk.view(n*c, h, w).index_select(0, (torch.arange(n, device=trunk.device)[:, None]*c+reads).flatten()).view(n, -1, h, w)
+        return rows.contiguous(memory_format=layout)
+    res = trunk.new_empty(n, h*w, width if reads is None else len(reads))
+    for o,t in zip(res, trunk.flatten(2)): o.copy_(_rows(t, reads, width).t())
+    return res.view(n, h, w, -1).movedim(-1, 1)
+
+def _read(reader, trunk, width, layout):
+    "What `reader` makes of the first `width` channels of `trunk`."
+    return F.relu_(reader.norm(_select(trunk, reader.reads, width, layout)))
+
+def _dense_block(layers, last, x):
+    "What `last` reads when the `layers` have added their channels to `x`."
+    outs, width = [m.conv.out_channels for m in layers], x.shape[1]
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    trunk = x.new_empty(len(x), width+sum(outs), *x.shape[2:])
+    trunk[:, :width] = x
+    for m,o in zip(layers, outs):
+        trunk[:, width:width+o] = m.conv(_read(m, trunk, width, layout))
+        width += o
+    return _read(last, trunk, width, layout)
+
+# %% ../nbs/31_prune.ipynb #b030332e
+class SlimDenseNet(DenseNet):
+    "A `DenseNet` that selects channels at little cost when no gradients are wanted."
+    def forward(self, x):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling(): return super().forward(x)
+        x = self.stem(x)
+        for block,trans in (self.block1, self.trans1), (self.block2, self.trans2): x = F.avg_pool2d(trans.conv(_dense_block(block, trans, x)), 2)
+        return self.head.fc(_dense_block(self.block3, self.head, x).mean((2,3)))
+
+# %% ../nbs/31_prune.ipynb #9cb3d9fa
+SLICES = {VGG: (vgg_units, vgg_slices, VGG), DenseNet: (dense_units, dense_slices, SlimDenseNet)}
+_CLASSES = dict(vgg19=VGG, densenet40=SlimDenseNet)
 
 def _arch(model):
-    "The functions for the architecture of `model`."
-    for t,fs in SLICES.items():
-        if isinstance(model, t): return fs
-    raise TypeError(f"{type(model).__name__} cannot be pruned: supported are {', '.join(t.__name__ for t in SLICES)}, from `spectral_nb.models`")
+    "The functions for the architecture of `model`, None if it has none."
+    return next((fs for t,fs in SLICES.items() if isinstance(model, t)), None)
 
-def _build_like(config, t):
+def _build_like(config, t, layout=torch.channels_last):
     "The network of `config` with dtype and device of tensor `t`; the random state stays as it is."
-    with torch.random.fork_rng(devices=[]): return build_model(config).to(device=t.device, dtype=t.dtype)
+    kwargs = dict(config); arch = kwargs.pop('arch', None)
+    _check_known('arch', arch, _CLASSES)
+    with torch.random.fork_rng(devices=[]): model = _CLASSES[arch](**kwargs)
+    return model.to(device=t.device, dtype=t.dtype, memory_format=layout)
 
-# %% ../nbs/31_prune.ipynb #911be5bb
+# %% ../nbs/31_prune.ipynb #a1dc63a4
+def _cut(model, keep):
+    "The narrower network; tensor name -> indices that stay in each dimension, None for all."
+    config, slices = _arch(model)[1](model, keep)
+    slim = _build_like(config, next(model.parameters()), _layout(model.parameters()))
+    axes = {k: (slices[k.rpartition('.')[0]]+(None,)*t.ndim)[:t.ndim] for k,t in model.state_dict().items()}
+    slim.load_state_dict({k: cut_tensor(t, axes[k]) for k,t in model.state_dict().items()})
+    for p,q in zip(model.parameters(), slim.parameters()): q.requires_grad_(p.requires_grad)
+    return slim.train(model.training), axes
+
 def slim_network(
     model:nn.Module, # full network, left as it is
     keep:dict, # `Unit` -> indices of the channels it keeps, for all units
-)->nn.Module: # narrower network of the same class
+)->nn.Module: # narrower network of the same kind
     "The network without the other channels."
-    config, slices = _arch(model)[1](model, keep)
-    slim = _build_like(config, next(model.parameters()))
-    def cut(t, idx): return t if idx is None or not t.ndim else t[idx.to(t.device)]
-    state = {}
-    for k,t in model.state_dict().items():
-        out, inp = slices[k.rpartition('.')[0]]
-        t = cut(t, out)
-        state[k] = cut(t.movedim(1, 0), inp).movedim(0, 1) if t.ndim>1 else t
-    slim.load_state_dict(state)
-    return slim.train(model.training)
+    return _cut(model, keep)[0]
 
-# %% ../nbs/31_prune.ipynb #9bda9ea5
+# %% ../nbs/31_prune.ipynb #a174451b
 @dataclass(repr=False)
 class PruneReport:
     "A slim network and what it cost to make it."
@@ -171,6 +227,7 @@ class PruneReport:
     params:tuple # parameters of the network (before, after)
     flops:tuple # multiply-adds of one prediction (before, after)
     keep:dict # `Unit` -> indices of the channels kept
+    axes:dict # tensor name -> indices that stay in each of its dimensions, None for all
 
     def __repr__(self):
         pairs = ((k, *getattr(self, k)) for k in ('channels', 'params', 'flops'))
@@ -182,19 +239,29 @@ class PruneReport:
         ax.bar(t.index, t.channels_after/t.channels_before, width=.8)
         ax.axhline(self.channels[1]/self.channels[0], color='C1', ls='--', label='all layers')
         for i in t.index[t.stage.diff()>0]: ax.axvline(i-.5, color='gray', ls=':')
-        ax.set(xlabel='layer, by depth', ylabel='share kept', ylim=(0, 1.1)); ax.legend(loc='upper right', ncols=2, frameon=False)
+        ax.set(xlabel='layer, by depth', ylabel='share kept', ylim=(0, 1.3)); ax.legend(loc='upper right', ncols=2, frameon=False)
         return ax
 
-# %% ../nbs/31_prune.ipynb #8930706f
+# %% ../nbs/31_prune.ipynb #b1ebef41
+@contextmanager
+def _countable():
+    "Attention in single steps, which can be counted."
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try: yield
+    finally: torch.backends.mha.set_fastpath_enabled(was)
+
 def _macs(model, example):
     "`layer_macs`, with an error that tells what is wrong with `example`."
-    takes = f"{type(model).__name__} takes a batch of images, shape (n, {model.config['c_in']}, h, w)"
+    c = getattr(model, 'config', {}).get('c_in', 'c') if _arch(model) else 'c'
+    takes = f"{type(model).__name__} takes a batch of images, shape (n, {c}, h, w)" if _arch(model) else f"give {type(model).__name__} a batch as in training"
     if not isinstance(example, Tensor): raise TypeError(f"example is a {type(example).__name__}: {takes}")
-    if example.ndim!=4 or not len(example): raise ValueError(f"example has shape {tuple(example.shape)}: {takes}")
-    try: return layer_macs(model, example)
-    except RuntimeError as e: raise ValueError(f"example of shape {tuple(example.shape)} and {example.dtype} does not run: {takes}. {e}") from e
+    if not example.ndim or not len(example) or _arch(model) and example.ndim!=4: raise ValueError(f"example has shape {tuple(example.shape)}: {takes}")
+    try:
+        with _countable(): return layer_macs(model, example)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as e: raise ValueError(f"example of shape {tuple(example.shape)} and {example.dtype} does not run: {takes}. {e}") from e
 
-# %% ../nbs/31_prune.ipynb #56943abd
+# %% ../nbs/31_prune.ipynb #c5a19a61
 def _hand_ratios(ratios, sizes, target):
     "`ratios` for every layer of `sizes`, 0 where none is given."
     if lost := [n for n in ratios if n not in sizes]: raise ValueError(f"ratios name {', '.join(lost)}: the layers are {', '.join(sizes)}")
@@ -206,19 +273,18 @@ def _hand_ratios(ratios, sizes, target):
     if target is not None and abs(gone-target*n)>len(sizes): raise ValueError(f"the ratios remove {gone/n:.3f} of {n} channels, not target={target}: leave target out, or change them")
     return dict.fromkeys(sizes, 0.) | ratios
 
-# %% ../nbs/31_prune.ipynb #b3a02595
-def _table(model, slim, units, scores, ratios, counts):
+# %% ../nbs/31_prune.ipynb #c1276294
+def _cost(m, unit):
+    "Parameters of layer and norm of `unit`."
+    return sum(n_params(m.get_submodule(k)) for k in (unit.layer, unit.norm) if k)
+
+def _table(model, slim, keep, sizes, scores, ratios, counts):
     "One row per unit, with costs before and after; `counts` are the multiply-adds of both."
-    rows = []
-    for u,r in zip(units, ratios.values()):
-        row = dict(layer=u.layer, stage=u.stage, score=scores.score[u.layer], ratio=r)
-        for when,m,c in zip(('before', 'after'), (model, slim), counts):
-            layer, norm = m.get_submodule(u.layer), m.get_submodule(u.norm)
-            row |= {f'channels_{when}': norm.num_features, f'params_{when}': n_params(layer)+n_params(norm), f'flops_{when}': c[u.layer]}
-        rows.append(row | dict(warning=scores.warning[u.layer]))
+    rows = [dict(layer=u.layer, stage=u.stage, score=scores.score[u.layer], ratio=ratios[u.layer], channels_before=sizes[u.layer], params_before=_cost(model, u), flops_before=counts[0].get(u.layer, 0),
+                 channels_after=len(idx), params_after=_cost(slim, u), flops_after=counts[1].get(u.layer, 0), warning=scores.warning[u.layer]) for u,idx in keep.items()]
     return pd.DataFrame(rows)
 
-# %% ../nbs/31_prune.ipynb #8c8a2c24
+# %% ../nbs/31_prune.ipynb #ec400d80
 def _unit_scores(model, layers, metric, fit, min_evals):
     "`layer_scores` of the `layers`, without those of a few eigenvalues."
     df = layer_scores(model, metric=metric, fit=fit, layers=layers).set_index('name')
@@ -228,67 +294,214 @@ def _unit_scores(model, layers, metric, fit, min_evals):
         if n<min_evals: df.loc[k] = float('nan'), f'{n} eigenvalues, below min_evals={min_evals}'
     return df[['score', 'warning']]
 
-# %% ../nbs/31_prune.ipynb #ed64b134
+def _mean_scores(df, speakers):
+    "Score and warning of each unit from those of the layers that speak for it."
+    return pd.DataFrame({k: dict(score=df.score[v].mean(), warning='; '.join(dict.fromkeys(filter(None, df.warning[v])))) for k,v in speakers.items()}).T.astype(dict(score=float))
+
+# %% ../nbs/31_prune.ipynb #e286a184
+class _Plan(NamedTuple):
+    units:list          # the `Unit`s
+    sizes:dict          # layer of a unit -> number of its channels
+    speakers:dict       # layer of a unit -> layers whose spectra speak for it
+    why:dict            # layer of a unit -> why its channels stay, '' if they may go
+    importance:callable # (unit, name of an importance) -> Tensor, shape (channels,)
+    cut:callable        # keep -> slim network, axes
+    silence:callable    # keep -> masked network
+
+def _own_plan(model):
+    units = _arch(model)[0](model)
+    get = model.get_submodule
+    return _Plan(units, {u.layer: get(u.norm).num_features for u in units}, {u.layer: [u.layer] for u in units}, {u.layer: '' for u in units},
+                 lambda u,how: _important(u.layer, get(u.layer), get(u.norm), u.dim, how), partial(_cut, model), partial(mask_channels, model))
+
+# %% ../nbs/31_prune.ipynb #5f4b675c
+def _part_of(t, new, where, idx):
+    "`t[idx]` at the positions `where` of a tensor like `new`, with its gradient."
+    res = nn.Parameter(torch.zeros_like(new).index_copy_(0, where, t.detach()[idx]))
+    if t.grad is not None: res.grad = torch.zeros_like(new).index_copy_(0, where, t.grad[idx])
+    return res
+
+def _norm_of(model, group, writer):
+    "The batch norm behind `writer` in the order of its channels, None if there is none."
+    order, (name,dim,numbers,idx) = {k: i for i,(k,_) in enumerate(model.named_modules())}, writer
+    behind = [n for n in group.norms if order[n[0]]>order[name] and model.get_submodule(n[0]).weight is not None]
+    if not behind: return None
+    k, _, its, pos = min(behind, key=lambda n: order[n[0]])
+    norm, layer, at = model.get_submodule(k), model.get_submodule(name), dict(zip(numbers.tolist(), idx.tolist()))
+    pairs = [(at[n],p) for n,p in zip(its.tolist(), pos.tolist()) if n in at]
+    where, mine = torch.tensor(pairs, device=norm.weight.device).T
+    res, blank = nn.BatchNorm2d(layer.weight.shape[dim]), norm.weight.detach().new_zeros(layer.weight.shape[dim])
+    res.weight, res.bias = (_part_of(t, blank, where, mine) for t in (norm.weight, norm.bias))
+    return res
+
+# %% ../nbs/31_prune.ipynb #3e4189d9
+def _graph_importance(model, groups, unit, how):
+    "Mean importance over the layers that write the channels of `unit`."
+    g = groups[unit.layer]
+    total, n = torch.zeros(2, g.width, dtype=torch.float64)
+    for w in g.writers:
+        name, dim, numbers, idx = w
+        score = _important(name, model.get_submodule(name), _norm_of(model, g, w), dim, how).double().cpu()
+        total.index_add_(0, numbers, score[idx]); n.index_add_(0, numbers, torch.ones(len(idx), dtype=n.dtype))
+    return total/n
+
+def _stages(model, example, layers):
+    "How often the image has shrunk before each layer."
+    area, res, stage, last = {}, {}, 0, None
+    hooks = [model.get_submodule(k).register_forward_hook(lambda m, i, o, k=k: area.update({k: o.shape[2:].numel() if o.ndim>2 else 1})) for k in layers]
+    try:
+        with eval_mode(model): model(example)
+    finally:
+        for h in hooks: h.remove()
+    for k in layers:
+        stage += last is not None and area.get(k, last)<last
+        last = area.get(k, last); res[k] = stage
+    return res
+
+def _graph_plan(model, example):
+    groups = {g.layer: g for g in coupled_channels(model, example)}
+    stages = _stages(model, example, list(groups))
+    first = {k: min((n[0] for n in g.norms), key=list(dict(model.named_modules())).index, default='') for k,g in groups.items()}
+    units = [Unit(k, first[k], g.writers[0][1], stages[k]) for k,g in groups.items()]
+    by_name = lambda keep: {u.layer: idx for u,idx in keep.items() if len(idx)<groups[u.layer].width}
+    return _Plan(units, {k: g.width for k,g in groups.items()}, {k: list(dict.fromkeys(w[0] for w in g.writers)) for k,g in groups.items()}, {k: g.why for k,g in groups.items()},
+                 partial(_graph_importance, model, groups), lambda keep: cut_channels(model, example, by_name(keep)), lambda keep: silence_channels(model, list(groups.values()), by_name(keep)))
+
+# %% ../nbs/31_prune.ipynb #ec03a547
+def _outputs(model, example):
+    with eval_mode(model): return [o for o in tree_leaves(model(example)) if isinstance(o, Tensor)]
+
+def _agree(slim, masked, example):
+    "Do both give the same outputs, up to rounding?"
+    tol, a, b = torch.finfo(next(masked.parameters()).dtype).eps**.5, _outputs(slim, example), _outputs(masked, example)
+    return len(a)==len(b) and all(o.shape==p.shape and (o-p).abs().max()<=tol*(p.abs().max()+1e-6) for o,p in zip(a, b))
+
+def _operate(plan, keep, example):
+    "Slim network, axes and masked network; None if they do not agree or cannot be made."
+    try: (slim, axes), masked = plan.cut(keep), plan.silence(keep)
+    except MemoryError: raise
+    except Exception: return
+    try: return (slim, axes, masked) if _agree(slim, masked, example) else None
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError): return
+
+def _verified(plan, keep, example):
+    "`_operate`, or an error that names the layers whose loss the graph did not foresee."
+    if res := _operate(plan, keep, example): return res
+    whole = {u: torch.arange(plan.sizes[u.layer]) for u in plan.units}
+    bad = [u.layer for u,idx in keep.items() if len(idx)<plan.sizes[u.layer] and not _operate(plan, whole|{u: idx}, example)]
+    raise ValueError(f"without channels of {', '.join(bad) or 'these layers together'} the network does not compute what it computes with them silenced: "
+                     f"something behind them mixes channels. Leave them whole, with skip={bad or list(plan.sizes)[:1]}")
+
+# %% ../nbs/31_prune.ipynb #d61d3722
+def _prunable(plan, skip):
+    "`plan` without reasons to stay, and with those of `skip`."
+    lost = [p for p in skip if not any(fnmatchcase(u.layer, p) for u in plan.units)]
+    if lost: raise ValueError(f"skip names {', '.join(lost)}: the layers are {', '.join(plan.sizes)}")
+    why = {k: w or ('skipped' if any(fnmatchcase(k, p) for p in skip) else '') for k,w in plan.why.items()}
+    if all(why.values()): raise ValueError("no channels can go: " + '; '.join(f'{k}: {w}' for k,w in why.items()))
+    return why
+
+# %% ../nbs/31_prune.ipynb #26b8729d
 @delegates(channel_ratios, but='how')
 def prune(
-    model:nn.Module, # a `VGG` or `DenseNet`, left as it is
-    example:Tensor, # a batch of images to count multiply-adds with, shape (n, c, h, w)
-    target:float=None, # share of channels to remove, between 0 and 1; not needed if `ratios` is a dict
+    model:nn.Module, # any network, left as it is; all but `VGG` and `DenseNet` need the package torch-pruning
+    example:Tensor, # a batch of inputs to run it with, shape (n, c, h, w) for images
+    target:float=None, # share of the channels to remove, between 0 and 1; not needed if `ratios` is a dict
     by:str='channels', # what the target is a share of
     ratios='spectral', # a key of `RATIOS`, or a dict from layer names to shares of their channels
     importance:str='gamma', # which channels go first, a key of `IMPORTANCES`
     metric:str='alpha', # score of a layer, a key of `METRICS`; layers with a high score lose more
     fit:str='hill', # how the tail is fitted, a key of `TAILS`
     min_evals:int=50, # layers with fewer eigenvalues get the mean score
+    skip=None, # names or patterns of layers that keep all their channels and count nowhere
     **kwargs
 )->PruneReport: # slim and masked network, table, totals
     "Remove the least important channels of each layer, as many as its spectrum allows."
-    units = _arch(model)[0](model)
     _check_known('by', by, ['channels']); _check_known('importance', importance, IMPORTANCES)
-    before = _macs(model, example)
-    sizes = {u.layer: model.get_submodule(u.norm).num_features for u in units}
-    scores = _unit_scores(model, list(sizes), metric, fit, min_evals)
     if isinstance(ratios, dict) and kwargs: raise TypeError(f"{', '.join(kwargs)} shape ratios from scores: they do nothing to ratios given by hand")
+    if target is None and not isinstance(ratios, dict): raise ValueError("target=None: say which share of the channels to remove, such as .4")
+    before = _macs(model, example)
+    plan = _own_plan(model) if _arch(model) else _graph_plan(model, example)
+    why = _prunable(plan, listify(skip))
+    sizes = {k: n for k,n in plan.sizes.items() if not why[k]}
+    scores = _mean_scores(_unit_scores(model, list(dict.fromkeys(sum(plan.speakers.values(), []))), metric, fit, min_evals), plan.speakers)
     if isinstance(ratios, dict): ratios = _hand_ratios(ratios, sizes, target)
-    elif target is None: raise ValueError("target=None: say which share of the channels to remove, such as .4")
-    else: ratios = channel_ratios(scores.score.fillna(scores.score.mean()).to_dict(), sizes, target, how=ratios, **kwargs)
-    keep = {u: _keep(model, u, ratios[u.layer], importance) for u in units}
-    slim, masked = slim_network(model, keep), mask_channels(model, keep)
-    after = _macs(slim, example)
-    return PruneReport(slim, masked, _table(model, slim, units, scores, ratios, (before, after)), (sum(sizes.values()), sum(map(len, keep.values()))),
-                       (n_params(model), n_params(slim)), (before[''], after['']), keep)
+    else: ratios = channel_ratios(scores.score[list(sizes)].fillna(scores.score[list(sizes)].mean()).to_dict(), sizes, target, how=ratios, **kwargs)
+    ratios = dict.fromkeys(plan.sizes, 0.) | ratios
+    keep = {u: torch.arange(plan.sizes[u.layer]) if why[u.layer] else _most(plan.importance(u, importance), ratios[u.layer]) for u in plan.units}
+    slim, axes, masked = (*plan.cut(keep), plan.silence(keep)) if _arch(model) else _verified(plan, keep, example)
+    after, scores = _macs(slim, example), scores.assign(warning=[why[k] or w for k,w in scores.warning.items()])
+    channels = sum(sizes.values()), sum(len(idx) for u,idx in keep.items() if u.layer in sizes)
+    return PruneReport(slim, masked, _table(model, slim, keep, plan.sizes, scores, ratios, (before, after)), channels,
+                       (n_params(model), n_params(slim)), (before[''], after['']), keep, axes)
 
-# %% ../nbs/31_prune.ipynb #b766bb7e
+# %% ../nbs/31_prune.ipynb #e0c573f9
+def spectra_change(
+    before:nn.Module, # the full network
+    after:nn.Module, # the slim network, perhaps trained further
+    metrics=('alpha','stable_rank','spectral_norm'), # columns of `analyze`
+    fit:str='hill', # how the tail is fitted, a key of `TAILS`
+)->pd.DataFrame: # one row per layer, each metric before and after
+    "The spectra of both networks beside each other."
+    dfs = {w: analyze(m, fit=fit, progress=False).set_index('name')[list(metrics)] for w,m in (('before', before), ('after', after))}
+    return pd.DataFrame({f'{m}_{w}': df[m] for m in metrics for w,df in dfs.items()})
+
+# %% ../nbs/31_prune.ipynb #695929b7
 _FORMAT, _VERSION = 'spectral_nb.slim', 1
+_WIDTHS = 'in_channels', 'out_channels', 'groups', 'in_features', 'out_features', 'num_features', 'num_parameters'
+
+def _config(model):
+    "What `load_slim` needs to know of `model`."
+    if _arch(model): return model.config
+    widths = {k: {a: v for a in _WIDTHS if isinstance(v := getattr(m, a, None), int)} for k,m in model.named_modules()}
+    return dict(arch='graph', type=type(model).__name__, widths={k: w for k,w in widths.items() if w})
 
 def save_slim(
-    model:nn.Module, # slim or full network, or any that has `SLICES`
+    model:nn.Module, # slim or full network
     path, # file to write, usually `.safetensors`
+    **meta, # further entries of the metadata, each something that JSON can hold
 )->Path: # the file
     "Write weights and config of `model` into one file."
-    _arch(model)
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name+'.part')
     save_file({k: t.contiguous() for k,t in model.state_dict().items()}, tmp,
-              metadata=dict(format=_FORMAT, version=str(_VERSION), config=json.dumps(model.config)))
+              metadata=dict(format=_FORMAT, version=str(_VERSION), config=json.dumps(_config(model))) | {k: json.dumps(v) for k,v in meta.items()})
     return tmp.replace(path)
 
-# %% ../nbs/31_prune.ipynb #5ffa9b0c
+# %% ../nbs/31_prune.ipynb #449c8733
 def _read_slim(path):
-    "Config and state dict in the file `path`."
+    "Metadata and state dict in the file `path`."
     try:
         with safe_open(path, 'pt') as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"{path} is not a complete safetensors file: {e}") from e
     if meta.get('format')!=_FORMAT: raise ValueError(f"{path} was not written by save_slim: it holds no {_FORMAT} config")
     if int(meta['version'])>_VERSION: raise ValueError(f"{path} has version {meta['version']} of the format, this spectral_nb reads up to {_VERSION}: update it")
-    return json.loads(meta['config']), state
+    return {k: json.loads(v) for k,v in meta.items() if k not in ('format', 'version')}, state
+
+def _narrow(model, config, state, path):
+    "A copy of `model` with the widths of `config` and tensors shaped like `state`."
+    if model is None: raise ValueError(f"{path} holds widths and weights of a {config['type']}, not how it computes: give the full network too, load_slim(path, model)")
+    copy = deepcopy(model)
+    mods = dict(copy.named_modules())
+    if type(model).__name__!=config['type'] or not config['widths'].keys()<=mods.keys(): raise ValueError(f"{path} holds a {config['type']} with other layers than this {type(model).__name__}: load it into the network it was pruned from")
+    for k,w in config['widths'].items():
+        for a,v in w.items(): setattr(mods[k], a, v)
+    for k,m in mods.items():
+        for d in (m._parameters, m._buffers):
+            for n,t in d.items():
+                new = state.get(f'{k}.{n}' if k else n)
+                if t is not None and new is not None: d[n] = nn.Parameter(torch.empty_like(new), t.requires_grad) if isinstance(t, nn.Parameter) else torch.empty_like(new)
+    return copy
 
 def load_slim(
     path, # file written by `save_slim`
+    model:nn.Module=None, # the full network, left as it is; not needed for `VGG` and `DenseNet`
 )->nn.Module: # the network, on the CPU, in training mode
     "Rebuild the network that was saved."
-    config, state = _read_slim(path)
-    model = _build_like(config, next(t for t in state.values() if t.is_floating_point()))
-    try: model.load_state_dict(state)
+    meta, state = _read_slim(path)
+    config = meta['config']
+    if config.get('arch')=='graph': net = _narrow(model, config, state, path)
+    else: net = _build_like(config, next(t for t in state.values() if t.is_floating_point()))
+    try: net.load_state_dict(state)
     except RuntimeError as e: raise ValueError(f"{path}: weights and config do not belong together. {e}") from e
-    return model
+    return net.train()
