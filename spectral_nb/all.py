@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/70_all.ipynb #39b32fa6
+# %% ../nbs/70_all.ipynb #b352889b
 from .matrices import *
 from .tail import *
 from .goodness import *
@@ -22,7 +22,9 @@ from .lr_callback import *
 from .baselines import *
 from .ratios import *
 from .importance import *
+from .surgery import *
 from .prune import *
+from .prune_callback import *
 from .explain import *
 from .experiment import *
 

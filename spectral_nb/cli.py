@@ -158,13 +158,14 @@ def spectral_train(
         _show(f'{arch} on {len(dls.train_ds)} images of {data}', pd.DataFrame([res]))
         print(f'\nwritten to {folder}: model.safetensors, history.csv, layers.csv')
 
-# %% ../nbs/60_cli.ipynb #2b20e4e6
+# %% ../nbs/60_cli.ipynb #07e2593a
 @call_parse
 def spectral_prune(
     model:str, # the .safetensors file that spectral_train or this command wrote
-    target:float=0.4, # share of the channels to remove, between 0 and 1
-    ratios:str='spectral', # shares by layer: spectral or uniform
-    importance:str='gamma', # which channels of a layer go first: gamma or l1
+    target:float=0.4, # share of the budget to remove, between 0 and 1
+    by:str='channels', # the budget: channels, params or flops
+    ratios:str='spectral', # shares by layer: spectral, uniform, reversed, shuffled, random, gamma, lamp or erk
+    importance:str='gamma', # which channels of a layer go first: gamma, l1, l2, fpgm, leverage or random
     data:str='digits', # images to measure and fine-tune on: digits, cifar10 or cifar100
     epochs:int=3, # passes of fine-tuning, 0 for none
     max_lr:float=0.02, # largest learning rate of fine-tuning
@@ -182,7 +183,7 @@ def spectral_prune(
         _check_training(max(epochs, 1), max_lr)
         _check(Path(model).is_file(), f'there is no file {model}')
         full, folder, dls = load_slim(model), out_folder(out), _dls(data, bs, seed, items, size)
-        report = prune(full, dls.valid.one_batch()[0][:1], target, ratios=ratios, importance=importance)
+        report = prune(full, dls.valid.one_batch()[0][:1], target, by, ratios=ratios, importance=importance)
         learn = learner_for(dls, report.model)
         bar = TotalBar(n_batches(dls, epochs)+2*len(dls.valid), 'evaluation')
         rows = [dict(step='before') | evaluate(learner_for(dls, full), bar), dict(step='pruned') | evaluate(learn, bar)]

@@ -3,8 +3,9 @@ import json, numpy as np, pytest, torch
 from hypothesis import given, settings, assume, strategies as st
 from torch import nn
 from spectral_nb.models import vgg19, densenet40
-from spectral_nb.prune import IMPORTANCES, prune, save_slim, load_slim
-from spectral_nb.ratios import channel_ratios, RATIOS
+from spectral_nb.importance import IMPORTANCES, NEED_GRADIENTS
+from spectral_nb.prune import prune, save_slim, load_slim
+from spectral_nb.ratios import ARRAY_RATIOS, channel_ratios, RATIOS
 
 ARCHS = dict(vgg19=vgg19, densenet40=densenet40)
 TOL = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -41,7 +42,7 @@ def test_slim_is_masked(nets, tmp_path, arch, dtype, target):
     model, x = nets[arch,dtype]
     for importance in IMPORTANCES:
         model.zero_grad()
-        if importance=='taylor': nn.functional.cross_entropy(model(x), torch.arange(len(x))).backward()
+        if importance in NEED_GRADIENTS: nn.functional.cross_entropy(model(x), torch.arange(len(x))).backward()
         r = prune(model, x[:1], target, ratios='uniform' if target==.8 else 'spectral', importance=importance)
         loaded = load_slim(save_slim(r.model, tmp_path/'slim.safetensors')).eval()
         with torch.no_grad(): full, slim, masked, again = model(x), r.model(x), r.masked(x), loaded(x)
@@ -52,6 +53,17 @@ def test_slim_is_masked(nets, tmp_path, arch, dtype, target):
         assert r.channels[0]-r.channels[1]==round(target*r.channels[0])
         assert r.params==(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in r.model.parameters()))
         assert r.flops==(macs_by_hooks(model, x[:1]), macs_by_hooks(r.model, x[:1])) and r.flops[1]<r.flops[0]
+
+@pytest.mark.parametrize('by', ['params', 'flops'])
+@pytest.mark.parametrize('how', [*RATIOS, *ARRAY_RATIOS])
+def test_budgets(how, by):
+    "Parameters and multiply-adds are met within half a percent"
+    for model in (vgg19(width=.25), densenet40(growth=4, depth=16)):
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d): nn.init.uniform_(m.weight, .1, 1, generator=torch.Generator().manual_seed(m.num_features))
+        r = prune(model, torch.randn(1, 3, 16, 16), .5, by=by, ratios=how)
+        before, after = getattr(r, by)
+        assert abs(1-after/before-.5)<=.005 and r.channels[1]<r.channels[0]
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_contiguous_layout(arch):
