@@ -25,8 +25,8 @@ test:  ## Run project checks, notebooks and pytest; the last line sums them up
 docs: install  ## Build the site in _docs and follow its links
 	$(BIN)/python docs/build.py
 
-bench: install  ## Time the analysis beside weightwatcher and bare eigenvalues (ARGS="--repeats 5")
-	$(BIN)/python bench/bench.py $(ARGS)
+bench: install  ## Time analysis, training and slim networks beside their peers (WHAT=train, ARGS="--repeats 5")
+	@for b in $(or $(WHAT),bench train prune); do $(BIN)/python bench/$$b.py $(ARGS) || exit 1; done
 
 export: install  ## Clean the notebooks and write spectral_nb/ from them
 	$(BIN)/nbdev_clean
