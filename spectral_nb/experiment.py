@@ -400,21 +400,24 @@ def run_lr(
     learn = make_learner(dls, arch, seed=seed, wd=wd, **pick('arm', arm, LR_ARMS), **{WIDTHS[arch]: width})
     return fit_run(learn, epochs, lr, seed, file=folder and Path(folder)/'state.pt', last=last)
 
-# %% ../nbs/50_experiment.ipynb #90812c99
+# %% ../nbs/50_experiment.ipynb #0f026413
+def _best_rate(means, what):
+    "The rate with the largest of `means`, a Series by rate."
+    if means.isna().all(): raise ValueError(f"{what}: training diverged at every rate, so none can be chosen: try smaller ones")
+    lr = means.idxmax()
+    if len(means)>2 and lr in means.index[[0, -1]]: warnings.warn(f"{what}: the best rate, {lr}, is the last of its grid: widen it")
+    return lr
+
+# %% ../nbs/50_experiment.ipynb #39a47452
 def best_rates(
     df:pd.DataFrame, # rows of runs
     value:str='mean_accuracy', # column to be large
     by=('arch', 'arm'), # columns of the choices that get a rate each
 )->dict: # tuple of the values of `by` -> rate
     "The rate with the largest mean of `value` for each choice."
-    means = df.groupby([*by, 'lr'], sort=False)[value].agg(lambda x: x.mean(skipna=False)).dropna().reset_index()
-    best = means.loc[means.groupby([*by], sort=False)[value].idxmax()]
-    for row in best.itertuples():
-        lrs = df.lr[(df[[*by]]==[getattr(row, b) for b in by]).all(axis=1)]
-        if lrs.nunique()>2 and row.lr in (lrs.min(), lrs.max()): warnings.warn(f"{', '.join(getattr(row, b) for b in by)}: the best rate, {row.lr}, is the last of its grid: widen it")
-    return {tuple(r[b] for b in by): r['lr'] for r in best.to_dict('records')}
+    return {k: _best_rate(g.groupby('lr')[value].agg(lambda x: x.mean(skipna=False)), ', '.join(k)) for k,g in df.groupby([*by], sort=False)}
 
-# %% ../nbs/50_experiment.ipynb #11d75525
+# %% ../nbs/50_experiment.ipynb #74df9250
 def tune(
     configs, # configs without `lr`, with `arch` and `arm`, and with a `valid_pct` that keeps the test images out
     grids:dict, # arm -> rates to try; the arms that it does not name use the grid of None
@@ -430,7 +433,7 @@ def tune(
     df = run_all(todo, run_fn, csv, **kwargs)
     return best_rates(df, value) if len(df)==len(todo) else None
 
-# %% ../nbs/50_experiment.ipynb #5f995136
+# %% ../nbs/50_experiment.ipynb #d2797fb6
 def trained_network(
     folder, # where the networks are kept
     arch:str, # a key of `ARCHS`
@@ -451,7 +454,7 @@ def trained_network(
             (home/'state.pt').unlink()
     return load_slim(file)
 
-# %% ../nbs/50_experiment.ipynb #7f3da914
+# %% ../nbs/50_experiment.ipynb #d2d47b0e
 def _cut(model, example, target, ratios, by, seed):
     "The slim network, and what it has and costs."
     lots = dict(seed=seed) if ratios in ('random', 'shuffled') else {}
