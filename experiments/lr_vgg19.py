@@ -8,9 +8,9 @@ from pathlib import Path
 from spectral_nb.compare import arm_table, paired_table, whole_pairs
 from spectral_nb.experiment import LR_ARMS, run_all, run_lr, tune
 
-NETS  = dict(vgg19=dict(width=0.125, size=16, items=10000, epochs=12), densenet40=dict(width=6, size=8, items=5000, epochs=10))
+NETS  = dict(vgg19=dict(width=0.25, size=16, items=10000, epochs=12), densenet40=dict(width=6, size=8, items=5000, epochs=10))
 ARMS  = ['uniform', 'spectral', 'spectral_mean', 'reversed', 'shuffled', 'lars']
-GRIDS = {None: [0.05, 0.1, 0.2, 0.4], 'lars': [1., 3., 10., 30.]}
+GRIDS = {None: [0.02, 0.05, 0.1, 0.2], 'lars': [1., 3., 10., 30.]}
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

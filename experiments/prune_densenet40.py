@@ -9,7 +9,7 @@ from spectral_nb.compare import arm_table, paired_table, whole_pairs
 from spectral_nb.experiment import run_all, run_prune
 
 NETS = dict(densenet40=dict(width=6, size=8, items=5000, lr=0.3, epochs=10, tune_lr=0.05, tune_epochs=3),
-            vgg19=dict(width=0.125, size=16, items=10000, lr=0.1, epochs=12, tune_lr=0.02, tune_epochs=3))
+            vgg19=dict(width=0.25, size=16, items=10000, lr=0.05, epochs=12, tune_lr=0.02, tune_epochs=3))
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -33,7 +33,7 @@ def arm_table(
     "The mean of each arm with its interval."
     return pd.DataFrame([{by: k} | mean_interval(g, level) for k,g in df.groupby(by, sort=False)[value]])
 
-# %% ../nbs/51_compare.ipynb #86b4adc9
+# %% ../nbs/51_compare.ipynb #bd0cb983
 def paired_differences(
     df:pd.DataFrame, # one row per run
     value:str='mean_accuracy', # column of the result
@@ -43,7 +43,8 @@ def paired_differences(
 )->pd.DataFrame: # one row per value of `pair`, one column per other arm
     "What each arm adds to `base`, pair by pair."
     if base not in set(df[by]): raise ValueError(f"no run has {by}={base!r}: there are {', '.join(map(str, df[by].unique()))}")
-    if (twice := df[df.duplicated([by, pair])]).size: raise ValueError(f"{by}={twice[by].iloc[0]!r} has {pair}={twice[pair].iloc[0]} twice: compare runs that differ in {by} and {pair} alone")
+    if (twice := df[df.duplicated([by, pair])]).size:
+        raise ValueError(f"{by}={twice[by].iloc[0]!r} has {pair}={twice[pair].iloc[0]} twice: compare runs that differ in {by} and {pair} alone")
     wide = df.pivot(index=pair, columns=by, values=value)[[*df[by].unique()]]
     if wide.isna().any(axis=None):
         s, arm = wide.isna().stack().pipe(lambda o: o[o].index[0])
@@ -108,16 +109,17 @@ def holm(
     res[order] = np.maximum.accumulate(np.minimum(1, p[order]*np.arange(len(p), 0, -1)))
     return res
 
-# %% ../nbs/51_compare.ipynb #728f4288
+# %% ../nbs/51_compare.ipynb #80ebab32
 def _signs_p(d):
     "p of the mean of `d` under random signs, exact for a few pairs."
-    return stats.permutation_test((d,), lambda x, axis: np.mean(x, axis), permutation_type='samples', vectorized=True, n_resamples=9999, rng=0).pvalue if len(d)>1 else np.nan
+    return stats.permutation_test((d,), lambda x, axis: np.mean(x, axis), permutation_type='samples', vectorized=True, n_resamples=9999, rng=0).pvalue
 
 def _compare(d, level):
     "All that is said about the paired differences `d`."
-    o, some = mean_interval(d, level), len(d)>1 and np.ptp(d)>0
-    return dict(n=o['n'], diff=o['mean'], lo=o['lo'], hi=o['hi'], sd=o['sd'], p=stats.ttest_1samp(d, 0).pvalue if some else np.nan,
-                p_wilcoxon=stats.wilcoxon(d).pvalue if some else np.nan, p_signs=_signs_p(d) if some else np.nan, detectable=detectable(o['sd'], len(d), level=level) if some else np.nan)
+    o, nan = mean_interval(d, level), np.nan
+    res = dict(n=o['n'], diff=o['mean'], lo=o['lo'], hi=o['hi'], sd=o['sd'])
+    if len(d)<2 or np.ptp(d)==0: return res | dict(p=nan, p_wilcoxon=nan, p_signs=nan, detectable=nan)
+    return res | dict(p=stats.ttest_1samp(d, 0).pvalue, p_wilcoxon=stats.wilcoxon(d).pvalue, p_signs=_signs_p(d), detectable=detectable(o['sd'], len(d), level=level))
 
 # %% ../nbs/51_compare.ipynb #466b7427
 def paired_table(

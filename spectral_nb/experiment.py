@@ -400,13 +400,13 @@ def run_lr(
     learn = make_learner(dls, arch, seed=seed, wd=wd, **pick('arm', arm, LR_ARMS), **{WIDTHS[arch]: width})
     return fit_run(learn, epochs, lr, seed, file=folder and Path(folder)/'state.pt', last=last)
 
-# %% ../nbs/50_experiment.ipynb #0f026413
+# %% ../nbs/50_experiment.ipynb #271b130b
 def _best_rate(means, what):
     "The rate with the largest of `means`, a Series by rate."
     if means.isna().all(): raise ValueError(f"{what}: training diverged at every rate, so none can be chosen: try smaller ones")
     lr = means.idxmax()
     if len(means)>2 and lr in means.index[[0, -1]]: warnings.warn(f"{what}: the best rate, {lr}, is the last of its grid: widen it")
-    return lr
+    return float(lr)
 
 # %% ../nbs/50_experiment.ipynb #39a47452
 def best_rates(
