@@ -10,7 +10,7 @@ from spectral_nb.experiment import LR_ARMS, run_all, run_lr, tune
 
 NETS  = dict(vgg19=dict(width=0.25, size=16, items=10000, epochs=12), densenet40=dict(width=6, size=8, items=5000, epochs=10))
 ARMS  = ['uniform', 'spectral', 'spectral_mean', 'reversed', 'shuffled', 'lars']
-GRIDS = {None: [0.02, 0.05, 0.1, 0.2], 'lars': [1., 3., 10., 30.]}
+GRIDS = dict(vgg19={None: [0.02, 0.05, 0.1, 0.2], 'lars': [0.05, 0.15, 0.5, 1.5]}, densenet40={None: [0.1, 0.2, 0.4, 0.8], 'lars': [0.15, 0.5, 1.5, 5.]})
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,9 +34,12 @@ def nets(args):
 def main(args):
     start = time.time()
     def run(f, *a): return f(*a, n_workers=args.workers, minutes=args.minutes-(time.time()-start)/60)
-    held_out = [dict(arm=a, seed=1000+s, valid_pct=0.1, **net) for s in range(args.tune_seeds) for net in nets(args) for a in args.arms]
-    rates = run(tune, held_out, GRIDS, run_lr, args.out/'lr_vgg19_tune.csv')
-    if rates is None: return print('the rates are not all chosen yet: start again')
+    rates = {}
+    for net in nets(args):
+        held_out = [dict(arm=a, seed=1000+s, valid_pct=0.1, **net) for s in range(args.tune_seeds) for a in args.arms]
+        found = run(tune, held_out, GRIDS[net['arch']], run_lr, args.out/'lr_vgg19_tune.csv')
+        if found is None: return print('the rates are not all chosen yet: start again')
+        rates |= found
     configs = [dict(arm=a, lr=rates[net['arch'],a], seed=s, **net) for s in range(args.seeds) for net in nets(args) for a in args.arms]
     df = run(run_all, configs, run_lr, args.out/'lr_vgg19.csv')
     for arch,rows in df.groupby('arch', sort=False):
