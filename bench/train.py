@@ -5,7 +5,8 @@ from statistics import median
 import torch
 from torch import nn
 from torch.nn import functional as F
-from spectral_nb.models import Conv3x3, densenet40, vgg19
+from spectral_nb.models import densenet40, vgg19
+from spectral_nb.small_conv import Conv3x3
 
 class PlainDense(nn.Module):
     "DenseNet40 written out: norm, ReLU, convolution, concatenation"

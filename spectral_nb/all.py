@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/70_all.ipynb #b352889b
+# %% ../nbs/70_all.ipynb #f6ec0724
 from .matrices import *
 from .tail import *
 from .goodness import *
@@ -27,5 +27,6 @@ from .prune import *
 from .prune_callback import *
 from .explain import *
 from .experiment import *
+from .compare import *
 
 __all__ = [o for o in list(globals()) if not o.startswith('_')]

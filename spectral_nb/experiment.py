@@ -8,7 +8,7 @@ __all__ = ['LRS', 'LR_ARMS', 'WIDTHS', 'pick', 'learner_for', 'make_learner', 'T
            'finished_runs', 'single_thread', 'run_all', 'run_dls', 'run_lr', 'best_rates', 'tune', 'trained_network',
            'run_prune']
 
-# %% ../nbs/50_experiment.ipynb #66ae953a
+# %% ../nbs/50_experiment.ipynb #e9efca49
 import hashlib, json, math, os, re, shutil, time, warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -30,8 +30,8 @@ from fastai.callback.schedule import *
 from fastai.callback.progress import *
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import SkipToEpoch
-from fastai.optimizer import Larc
 from fastai.torch_core import get_random_states, set_random_states
+from .baselines import lars
 from .data import DATA, tensor_dls
 from .metrics import analyze
 from .models import ARCHS, macs, n_params
@@ -52,10 +52,10 @@ def pick(
     if name not in choices: raise ValueError(f"{what} {name!r} is not known: use one of {', '.join(choices)}")
     return choices[name]
 
-# %% ../nbs/50_experiment.ipynb #a5e48bf5
+# %% ../nbs/50_experiment.ipynb #ea468fa5
 LR_ARMS = {k: dict(lr=k, keep_mean=False) for k in LRS} | dict(
     spectral_mean = dict(lr='spectral', keep_mean=True),
-    lars          = dict(lr='uniform', opt_func=partial(Larc, mom=0.9, clip=False)))
+    lars          = dict(lr='uniform', opt_func=lars))
 
 # %% ../nbs/50_experiment.ipynb #d2ff7171
 def _seeded(how, seed):

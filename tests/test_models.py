@@ -2,7 +2,8 @@
 import copy, pickle, pytest, torch
 from torch import nn
 from torch.nn import functional as F
-from spectral_nb.models import Conv3x3, _SmallConv, _image_factors, build_model, densenet40, vgg19
+from spectral_nb.models import build_model, densenet40, vgg19
+from spectral_nb.small_conv import Conv3x3, _SmallConv, _image_factors
 
 def plain(model):
     "A copy of `model` with PyTorch's convolutions, in the plain memory layout."
