@@ -57,7 +57,7 @@ def test_killed_run(tmp_path, arm):
 
 def test_arms_differ():
     "Every arm is a training of its own, from the same start."
-    with single_thread(): loss = {a: run_lr(arm=a, **SMALL | dict(epochs=1, last=1))['loss'] for a in LR_ARMS if a!='linear'}
+    with single_thread(): loss = {a: run_lr(arm=a, **SMALL | dict(epochs=2, last=1))['loss'] for a in LR_ARMS if a!='linear'}
     assert len(set(loss.values()))==len(loss), loss
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
