@@ -3,34 +3,26 @@
 For each seed a network is trained once; every way to share out the loss prunes that network and fine-tunes it alike (prune_densenet40.csv).
 Stop it at any time and start it again: what is finished is not done again, and what was cut off goes on from its last epoch.
 """
-import argparse, math, time
-from pathlib import Path
+import time
 from spectral_nb.compare import arm_table, paired_table, whole_pairs
 from spectral_nb.experiment import run_all, run_prune
+from options import overrides, parser
 
 NETS = dict(densenet40=dict(width=6, size=8, items=5000, lr=0.3, epochs=10, tune_lr=0.05, tune_epochs=3),
             vgg19=dict(width=0.25, size=16, items=10000, lr=0.05, epochs=12, tune_lr=0.02, tune_epochs=3))
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--archs', nargs='+', choices=NETS, default=[*NETS], help='networks')
+    p = parser(__doc__, NETS, 5, 'trained networks')
     p.add_argument('--ratios', nargs='+', default=['uniform', 'spectral', 'reversed', 'gamma', 'random'], help='how layers share the loss, the first one is what the others are compared with')
     p.add_argument('--targets', nargs='+', type=float, default=[0.4, 0.6, 0.8], help='shares to remove')
     p.add_argument('--by', nargs='+', default=['channels', 'flops'], help='what is removed in equal shares')
-    p.add_argument('--seeds', type=int, default=5, help='trained networks')
-    p.add_argument('--minutes', type=float, default=math.inf, help='start no run after so many minutes')
-    p.add_argument('--workers', type=int, default=2, help='processes of one thread each')
-    p.add_argument('--epochs', type=int, help='epochs of training, instead of the defaults')
-    p.add_argument('--data', default='cifar10', help='cifar10, or digits for a trial')
-    p.add_argument('--out', type=Path, default=Path(__file__).parent, help='folder of the table')
     return p.parse_args()
 
 def configs(args):
     "Full network first, then its prunings, seed by seed."
     for s in range(args.seeds):
         for arch in args.archs:
-            net = dict(arch=arch, seed=s, data=args.data, **NETS[arch])
-            net |= (dict(epochs=args.epochs) if args.epochs else {}) | (dict(items=None) if args.data=='digits' else {})
+            net = dict(arch=arch, seed=s, data=args.data, **NETS[arch]) | overrides(args)
             yield dict(ratios='none', target=0., by='channels', **net)
             yield from (dict(ratios=r, target=t, by=b, **net) for b in args.by for t in args.targets for r in args.ratios)
 

@@ -80,12 +80,11 @@ class SpectralNormReg(Callback):
         self._u[name], v = power_iteration(mat, self._u[name], self.n)
         return spectral_penalty(w, self._u[name], v)
 
-# %% ../nbs/22_baselines.ipynb #4dc640b2
+# %% ../nbs/22_baselines.ipynb #4fc12983
 def layer_gain(
     w:Tensor, # weight, shape (out, in) or (out, in, *kernel)
 )->float: # between 0 and 1
     "Knowledge gain of a layer, averaged over inputs and outputs."
-    w = w/w.std()
     mats = [w.flatten(1)] if w.ndim==2 else [w.flatten(1), w.transpose(0, 1).flatten(1)]
     evals = [esd(m[None], torch.float64) for m in mats]
     return float(np.mean([knowledge_gain(e, evb_rank(e, max(m.shape), min(m.shape))) for e,m in zip(evals, mats)]))

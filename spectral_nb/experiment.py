@@ -8,7 +8,7 @@ __all__ = ['LRS', 'LR_ARMS', 'WIDTHS', 'pick', 'learner_for', 'make_learner', 'T
            'finished_runs', 'single_thread', 'run_all', 'run_dls', 'run_lr', 'best_rates', 'tune', 'trained_network',
            'run_prune']
 
-# %% ../nbs/50_experiment.ipynb #e9efca49
+# %% ../nbs/50_experiment.ipynb #9719c6c4
 import hashlib, json, math, os, re, shutil, time, warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -33,7 +33,7 @@ from fastai.learner import SkipToEpoch
 from fastai.torch_core import get_random_states, set_random_states
 from .baselines import lars
 from .data import DATA, tensor_dls
-from .metrics import analyze
+from .metrics import analyze, _check_known
 from .models import ARCHS, macs, n_params
 from .lr import ASSIGN, layer_groups
 from .lr_callback import SpectralLR
@@ -42,14 +42,14 @@ from .prune import load_slim, prune, save_slim
 # %% ../nbs/50_experiment.ipynb #f714e105
 LRS = {'spectral': 'linear', **{h: h for h in ASSIGN}} # name of an allocation -> `how` of `assign_lr`
 
-# %% ../nbs/50_experiment.ipynb #98d99b1f
+# %% ../nbs/50_experiment.ipynb #54951316
 def pick(
     what:str, # what is chosen, for the message
     name:str, # the key asked for
     choices:dict, # name -> choice
 ): # the choice
     "`choices[name]`, or an error that lists the names."
-    if name not in choices: raise ValueError(f"{what} {name!r} is not known: use one of {', '.join(choices)}")
+    _check_known(what, name, choices)
     return choices[name]
 
 # %% ../nbs/50_experiment.ipynb #ea468fa5

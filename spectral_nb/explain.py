@@ -6,14 +6,15 @@
 __all__ = ['RANK_MEASURES', 'layer_sensitivity', 'plot_sensitivity', 'Awareness', 'awareness', 'plot_awareness', 'correlate',
            'plot_correlation']
 
-# %% ../nbs/40_explain.ipynb #0fdf6514
+# %% ../nbs/40_explain.ipynb #32f48b72
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from scipy.stats import kendalltau
-from torch import nn, Tensor
+from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import listify
 from fastcore.meta import delegates
+from .importance import _plain
 from .models import eval_mode
 from .plots import _axes, _layer_ticks
 from .prune import mask_channels, prune
@@ -52,9 +53,7 @@ def _rank_correlations(x, y, group, n_boot, level, seed):
     values = {k: f(*args) for k,f in RANK_MEASURES.items()}
     return {k: (v[0], *_interval(v[1:], level)) for k,v in values.items()}
 
-# %% ../nbs/40_explain.ipynb #fa3ce029
-def _plain(t): return t.as_subclass(Tensor) if isinstance(t, Tensor) else t
-
+# %% ../nbs/40_explain.ipynb #47f8a591
 def _performance(model, dl, loss_func):
     "Accuracy and mean loss over `dl`."
     hits, loss, n = 0, 0., 0

@@ -204,10 +204,10 @@ def _bad_weights(w):
     if np.isfinite([lo, hi]).all(): return '' if lo or hi else f'all {w.numel()} weights are zero'
     return f'{(~torch.isfinite(w)).sum()} of {w.numel()} weights are NaN or infinite'
 
-# %% ../nbs/02_metrics.ipynb #cd2edfbd
-def _layer_metrics(evals, columns, N, M, rf, method):
+# %% ../nbs/02_metrics.ipynb #9972c86c
+def _layer_metrics(evals, columns, place, method):
     "The `columns` of a layer with the eigenvalues `evals`, and a `warning`."
-    known, res, reason = dict(evals=evals, N=N, M=M, rf=rf, method=method), dict.fromkeys(columns, np.nan), ''
+    known, res, reason = dict(evals=evals, method=method) | {k: place[k] for k in ('N', 'M', 'rf')}, dict.fromkeys(columns, np.nan), ''
     for c in columns:
         try: res[c] = _column(c, known)
         except ValueError as e: reason = str(e)
@@ -238,12 +238,12 @@ def _verdict(alpha): return 'over-trained' if alpha<2 else 'under-trained' if al
 def _check_known(what, name, known):
     if name not in known: raise ValueError(f"{what} {name!r} is not known: use one of {', '.join(known)}")
 
-# %% ../nbs/02_metrics.ipynb #3046eaa0
+# %% ../nbs/02_metrics.ipynb #b710402d
 def _place(name, m): return dict(name=name, type=type(m).__name__ if m else 'weight', N=np.nan, M=np.nan, rf=np.nan)
 
 def _sizes(w): return dict(N=max(w.shape[-2:]), M=min(w.shape[-2:]), rf=len(w))
 
-def _read(model, layers, conv, aspect, randomize, seed, refs):
+def _read(model, layers, conv, aspect, randomize=False, seed=0, refs=()):
     "What is known of each layer before its eigenvalues are, and its matrices; with `randomize` its shuffled ones next."
     for name,m,w in _layers(model, layers):
         if not isinstance(w, Tensor):
@@ -256,10 +256,10 @@ def _read(model, layers, conv, aspect, randomize, seed, refs):
         if randomize and not reason: yield _sizes(w), shuffle_entries(w, seed)
         del w                                                            # before the next one is read
 
-# %% ../nbs/02_metrics.ipynb #d576c3f4
+# %% ../nbs/02_metrics.ipynb #0ade21d1
 def _row(place, evals, fit):
     "One row of the table."
-    res = dict.fromkeys(METRICS, np.nan) if evals is None else _layer_metrics(evals, METRICS, **{k: place[k] for k in ('N', 'M', 'rf')}, method=fit)
+    res = dict.fromkeys(METRICS, np.nan) if evals is None else _layer_metrics(evals, METRICS, place, fit)
     why = place.pop('warning') or res.pop('warning') or _verdict(res['alpha'])
     return place | res | dict(warning=why)
 
@@ -292,13 +292,13 @@ def analyze(
     if df.empty or df.N.isna().all(): raise _no_layer(model, {} if df.empty else dict(zip(df.name, df.warning)))
     return df[[*df.columns.drop('warning'), 'warning']]
 
-# %% ../nbs/02_metrics.ipynb #aabc6d2e
+# %% ../nbs/02_metrics.ipynb #c4518170
 def _layer_columns(model, columns, fit, conv, layers=None, aspect=None):
     "Name, `columns` and warning of each layer that has weights."
     rows, skipped, dtype = [], {}, torch.float64 if PRECISE & set(columns) else torch.float32
-    for place,evals in _esds(_read(model, layers, conv, aspect, False, 0, {}), dtype):
+    for place,evals in _esds(_read(model, layers, conv, aspect), dtype):
         if np.isnan(place['N']): skipped[place['name']] = place['warning']; continue
-        res = dict.fromkeys(columns, np.nan) if evals is None else _layer_metrics(evals, columns, **{k: place[k] for k in ('N', 'M', 'rf')}, method=fit)
+        res = dict.fromkeys(columns, np.nan) if evals is None else _layer_metrics(evals, columns, place, fit)
         rows.append(dict(name=place['name']) | res | dict(warning=place['warning'] or res['warning']))
     if not rows: raise _no_layer(model, skipped)
     return pd.DataFrame(rows)

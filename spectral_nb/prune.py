@@ -63,7 +63,7 @@ def dense_units(
         stage += isinstance(m, Transition)
     return units
 
-# %% ../nbs/31_prune.ipynb #cff15db3
+# %% ../nbs/31_prune.ipynb #7aed5342
 def _important(name, layer, norm, dim, importance):
     "`IMPORTANCES[importance]` of layer `name`, checked."
     try: score = IMPORTANCES[importance](layer, norm, dim)
@@ -75,10 +75,8 @@ def _important(name, layer, norm, dim, importance):
 
 def _by_rank(score): return score.argsort(descending=True, stable=True).cpu()
 
-def _keep(model, unit, ratio, importance):
-    "Indices of the channels that `unit` keeps, ascending."
-    order = _by_rank(_important(unit.layer, model.get_submodule(unit.layer), model.get_submodule(unit.norm), unit.dim, importance))
-    return order[:len(order)-round(ratio*len(order))].sort().values
+def _first(order, n): return order[:n].sort().values
+def _left(n, ratio): return n-round(ratio*n)
 
 # %% ../nbs/31_prune.ipynb #365f7daa
 def mask_channels(
@@ -403,7 +401,7 @@ def latency(
 
 BUDGETS = dict(params=lambda m, x: n_params(m), flops=lambda m, x: _macs(m, x)[''], latency=latency)
 
-# %% ../nbs/31_prune.ipynb #4afc98a7
+# %% ../nbs/31_prune.ipynb #ff5e4172
 def _blueprint(model, keep):
     "The narrower `model` on the meta device."
     config = dict(_arch(model)[1](model, keep)[0])
@@ -414,7 +412,7 @@ def _network_cost(model, plan, example, by, order):
     bare = bool(_arch(model)) and by in ('params', 'flops')
     price, x = by if callable(by) else BUDGETS[by], example.to('meta') if bare else example
     def cost(kept):
-        keep = {u: order[u][:kept.get(u.layer, plan.sizes[u.layer])].sort().values for u in plan.units}
+        keep = {u: _first(order[u], kept.get(u.layer, plan.sizes[u.layer])) for u in plan.units}
         return price(_blueprint(model, keep) if bare else plan.cut(keep)[0], x)
     return cost
 
@@ -426,7 +424,7 @@ def _shares(model, plan, sizes, scores, target, by, ratios, order, example, **kw
     else: res = channel_ratios(_ratio_scores(model, plan, sizes, scores, ratios), sizes, target, how=ratios, cost=cost, **kwargs)
     return dict.fromkeys(plan.sizes, 0.) | res
 
-# %% ../nbs/31_prune.ipynb #13bbf98f
+# %% ../nbs/31_prune.ipynb #d8544682
 @delegates(channel_ratios, but=['how', 'cost', 'ignore'])
 def prune(
     model:nn.Module, # any network, left as it is; all but `VGG` and `DenseNet` need the package torch-pruning
@@ -453,7 +451,7 @@ def prune(
     scores = _mean_scores(_unit_scores(model, list(dict.fromkeys(sum(plan.speakers.values(), []))), metric, fit, min_evals), plan.speakers)
     order = {u: _ranked(plan, u, importance) if u.layer in sizes else torch.arange(plan.sizes[u.layer]) for u in plan.units}
     ratios = _shares(model, plan, sizes, scores, target, by, ratios, order, example, **kwargs)
-    keep = {u: idx[:len(idx)-round(ratios[u.layer]*len(idx))].sort().values for u,idx in order.items()}
+    keep = {u: _first(idx, _left(len(idx), ratios[u.layer])) for u,idx in order.items()}
     slim, axes, masked = (*plan.cut(keep), plan.silence(keep)) if _arch(model) else _verified(plan, keep, example)
     after, scores = _macs(slim, example), scores.assign(warning=[why[k] or w for k,w in scores.warning.items()])
     channels = sum(sizes.values()), sum(len(idx) for u,idx in keep.items() if u.layer in sizes)

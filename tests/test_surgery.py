@@ -10,6 +10,7 @@ from spectral_nb.models import n_params
 from spectral_nb.importance import IMPORTANCES, NEED_GRADIENTS
 from spectral_nb.prune import load_slim, prune, save_slim
 from spectral_nb.surgery import coupled_channels
+from test_prune import macs_by_hooks
 
 def resnet(): return ResNet(BasicBlock, [2,1,1,1], num_classes=10)
 def wide_resnet(): return ResNet(Bottleneck, [1,1,1,1], num_classes=10, width_per_group=32)
@@ -35,17 +36,6 @@ def disturbed(model, seed=0):
 def difference(a, b, x):
     with torch.no_grad(): a, b = a(x), b(x)
     return ((a-b).abs().max()/b.abs().max().clamp_min(1)).item()
-
-def macs_by_hooks(model, x):
-    "Multiply-adds of convolutions and linear layers, from the shapes they see."
-    total = 0
-    def count(m, i, o):
-        nonlocal total
-        total += o[0].numel()*(m.weight[0].numel() if isinstance(m, nn.Conv2d) else m.in_features)
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    with torch.no_grad(): model(x)
-    for h in hooks: h.remove()
-    return total
 
 def some(name, how): return 'l1' if name=='vit' and how=='gamma' else how
 
