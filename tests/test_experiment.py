@@ -1,5 +1,5 @@
 "Runs that are killed, crash or fail; exact resuming across processes; statistics against other formulas"
-import os, subprocess, sys, warnings
+import os, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
@@ -10,10 +10,13 @@ from spectral_nb.experiment import LR_ARMS, run_all, run_lr, run_name, single_th
 root = Path(__file__).parent.parent
 
 def fragile(x, folder):
-    "Fails for 1 and takes its process along for 2, until a file says that this is mended."
-    mended = (folder.parent.parent/'mended').exists()
-    if x==1 and not mended: raise ValueError('one is wrong')
-    if x==2 and not mended: os._exit(3)
+    "Fails for 1 and then takes its process along for 2, until a file says that this is mended."
+    one, mended = folder.parent.parent/'one', (folder.parent.parent/'mended').exists()
+    if x==1 and not mended: one.touch(); raise ValueError('one is wrong')
+    if x==2 and not mended:
+        while not one.exists(): time.sleep(.1)
+        time.sleep(2)
+        os._exit(3)
     return dict(y=x/3)
 
 def test_workers(tmp_path):

@@ -1,5 +1,5 @@
 "Slim networks of full size against their masked twins, budgets by property, and files"
-import json, numpy as np, pytest, torch
+import json, numpy as np, onnxruntime, pytest, torch
 from hypothesis import given, settings, assume, strategies as st
 from torch import nn
 from spectral_nb.models import vgg19, densenet40
@@ -82,14 +82,27 @@ def test_trains_at_95(arch):
         opt.zero_grad(); loss.backward(); opt.step()
     assert losses[-1]<.7*losses[0]
 
-@pytest.mark.parametrize('arch', ARCHS)
-def test_export(arch):
+@pytest.fixture(params=ARCHS)
+def small_slim(request):
+    "A slim network and its input."
+    model, x = randomized(ARCHS[request.param], **(dict(width=.125) if request.param=='vgg19' else dict(growth=4, depth=10)))
+    return prune(model, x, .6, min_evals=8).model, x
+
+def test_export(small_slim):
     "torch.export gives the same logits, for other batch sizes too."
-    model, x = randomized(ARCHS[arch], **(dict(width=.125) if arch=='vgg19' else dict(growth=4, depth=10)))
-    slim = prune(model, x, .6, min_evals=8).model
+    slim, x = small_slim
     program = torch.export.export(slim, (x,), dynamic_shapes=({0: torch.export.Dim('n')},)).module()
     for n in (2, 4):
         with torch.no_grad(): torch.testing.assert_close(program(x[:n]), slim(x[:n]), rtol=1e-4, atol=1e-5)
+
+def test_onnx(small_slim, tmp_path):
+    "onnxruntime gives the same logits, for other batch sizes too."
+    slim, x = small_slim
+    torch.onnx.export(slim.eval(), (x,), tmp_path/'slim.onnx', dynamic_shapes=({0: torch.export.Dim('n')},), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path/'slim.onnx')
+    for n in (2, 4):
+        logits, = session.run(None, {session.get_inputs()[0].name: x[:n].numpy()})
+        with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(logits), slim(x[:n]), rtol=1e-4, atol=1e-5)
 
 def test_skip(nets):
     model, x = nets['vgg19',torch.float32]
