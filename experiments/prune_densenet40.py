@@ -11,9 +11,11 @@ from options import overrides, parser
 NETS = dict(densenet40=dict(width=6, size=8, items=5000, lr=0.3, epochs=10, tune_lr=0.05, tune_epochs=3),
             vgg19=dict(width=0.25, size=16, items=10000, lr=0.05, epochs=12, tune_lr=0.02, tune_epochs=3))
 
+RATIOS = ['uniform', 'spectral', 'reversed', 'gamma', 'random']
+
 def parse():
     p = parser(__doc__, NETS, 5, 'trained networks')
-    p.add_argument('--ratios', nargs='+', default=['uniform', 'spectral', 'reversed', 'gamma', 'random'], help='how layers share the loss, the first one is what the others are compared with')
+    p.add_argument('--ratios', nargs='+', default=RATIOS, help='how layers share the loss, the first one is what the others are compared with')
     p.add_argument('--targets', nargs='+', type=float, default=[0.4, 0.6, 0.8], help='shares to remove')
     p.add_argument('--by', nargs='+', default=['channels', 'flops'], help='what is removed in equal shares')
     return p.parse_args()

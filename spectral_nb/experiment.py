@@ -253,8 +253,8 @@ def config_key(
 def run_name(
     config:dict, # plain values by name
 )->str: # fit for a folder
-    "A name for the run: its first values, and a hash of them all."
-    key = hashlib.sha1(repr([*zip(config, config_key(config, config))]).encode()).hexdigest()[:10]
+    "A name for the run: its first values, and a hash of them all in any order."
+    key = hashlib.sha1(repr(sorted(zip(config, config_key(config, config)))).encode()).hexdigest()[:10]
     return re.sub(r'[^\w.-]+', '_', '-'.join([*map(str, list(config.values())[:3]), key]))
 
 # %% ../nbs/50_experiment.ipynb #12d17d6b
