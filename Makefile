@@ -26,7 +26,7 @@ docs: install  ## Build the site in _docs and follow its links
 	$(BIN)/python docs/build.py
 
 bench: install  ## Time analysis, training and slim networks beside their peers (WHAT=train, ARGS="--repeats 5")
-	@for b in $(or $(WHAT),bench train prune); do $(BIN)/python bench/$$b.py $(ARGS) || exit 1; done
+	@for b in $(or $(WHAT),analyze train prune); do $(BIN)/python bench/$$b.py $(ARGS) || exit 1; done
 
 export: install  ## Clean the notebooks and write spectral_nb/ from them
 	$(BIN)/nbdev_clean

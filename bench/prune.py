@@ -1,12 +1,12 @@
-"Inference of slim networks against what their multiply-adds promise, beside selection in a full trunk and torch-pruning; seconds that pruning takes"
-import argparse, csv, os, time
+"Inference of slim networks against what their multiply-adds promise, also with widths in steps of 16, beside selection in a full trunk and torch-pruning; seconds that pruning takes"
+import math, time
 from copy import deepcopy
-from pathlib import Path
 from statistics import median
 import torch
 from torch import nn
 from spectral_nb.models import densenet40, macs, vgg19
 from spectral_nb.prune import prune
+from common import begin, parser, table
 
 ARCHS = dict(vgg19=vgg19, densenet40=densenet40)
 POINTS = dict(vgg19=(.5, .7), densenet40=(.4, .6))
@@ -58,6 +58,7 @@ def seconds(model, x):
         return time.perf_counter()-start
 
 def points(repeats, batch, size):
+    "One row per contestant; `off` is how far its outputs are from those of the masked network, where they should agree"
     for arch,targets in POINTS.items():
         model = network(arch)
         x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
@@ -67,31 +68,23 @@ def points(repeats, batch, size):
                 start = time.perf_counter()
                 r = prune(model, x[:1], target)
                 took.append(time.perf_counter()-start)
-            nets = dict(full=model, slim=r.model, select=selecting(model, r), torch_pruning=by_torch_pruning(model, x, target))
-            with torch.inference_mode(): off = [(nets[k](x[:8])-r.masked(x[:8])).abs().max().item() for k in ('slim', 'select')]
+            even = prune(model, x[:1], target, round_to=16)
+            nets = dict(full=model, slim=r.model, slim_by_16=even.model, select=selecting(model, r), torch_pruning=by_torch_pruning(model, x, target))
+            masked = dict(slim=r.masked, slim_by_16=even.masked, select=r.masked)
             for m in nets.values(): seconds(m, x)
             rounds = [{k: seconds(m, x) for k,m in nets.items()} for _ in range(repeats)]
-            gain = lambda k: median(o['full']/o[k] for o in rounds)
-            less = {k: macs(model, x[:1])/macs(m, x[:1]) for k,m in nets.items()}
-            yield dict(network=arch, removed=target, prune_s=median(took), full_s=median(o['full'] for o in rounds), slim_s=median(o['slim'] for o in rounds),
-                       fewer_flops=less['slim'], speed_up=gain('slim'), speed_up_by_flops=gain('slim')/less['slim'], select_speed_up=gain('select'),
-                       tp_speed_up=gain('torch_pruning'), tp_by_flops=gain('torch_pruning')/less['torch_pruning'], off_slim=off[0], off_select=off[1])
+            for k,m in nets.items():
+                less, gain = macs(model, x[:1])/macs(m, x[:1]), median(o['full']/o[k] for o in rounds)
+                with torch.inference_mode(): off = (m(x[:8])-masked[k](x[:8])).abs().max().item() if k in masked else math.nan
+                yield dict(network=arch, removed=target, contestant=k, seconds=median(o[k] for o in rounds), fewer_flops=less, speed_up=gain, speed_up_by_flops=gain/less,
+                           prune_s=median(took) if k=='slim' else math.nan, off=off)
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--repeats', type=int, default=9, help='rounds; each runs all contestants in turn (9)')
-    p.add_argument('--threads', type=int, default=2, help='threads of torch (2)')
+    p = parser(__doc__, 9)
     p.add_argument('--batch', type=int, default=64, help='images per batch (64)')
     p.add_argument('--size', type=int, default=32, help='pixels a side (32)')
-    p.add_argument('--out', type=Path, default=Path('runs/bench/prune.csv'), help='table to write (runs/bench/prune.csv)')
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"Medians of {args.repeats} interleaved rounds, {args.threads} threads, load average {os.getloadavg()[0]:.1f} (others' work spoils the ratios)")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, 'w', newline='') as f:
-        for i,row in enumerate(points(args.repeats, args.batch, args.size)):
-            if i==0: out = csv.DictWriter(f, row); out.writeheader()
-            out.writerow({k: f'{v:.4g}' if isinstance(v, float) else v for k,v in row.items()}); f.flush()
-            print('\n'+'\n'.join(f'{k:>20} {v:.4g}' if isinstance(v, float) else f'{k:>20} {v}' for k,v in row.items()), flush=True)
+    begin(args)
+    table(points(args.repeats, args.batch, args.size), args.out/'prune.csv')
 
 if __name__=='__main__': main()

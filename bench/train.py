@@ -1,12 +1,13 @@
-"Images per second in training on the CPU: the networks as they come, beside the same in PyTorch's plain layout and modules"
-import argparse, csv, os, time
-from pathlib import Path
+"Images per second in training on the CPU: the networks as they come, beside the same in PyTorch's plain layout and modules, and in bfloat16; what the spectral step adds to an epoch"
+import os, time
+from functools import partial
 from statistics import median
 import torch
 from torch import nn
 from torch.nn import functional as F
+from spectral_nb.lr import LayerAllocator, group_layers, layer_groups
 from spectral_nb.models import densenet40, vgg19
-from spectral_nb.small_conv import Conv3x3
+from common import begin, parser, table
 
 class PlainDense(nn.Module):
     "DenseNet40 written out: norm, ReLU, convolution, concatenation"
@@ -30,24 +31,19 @@ class PlainDense(nn.Module):
             y = next(convs)(y)
             x = F.avg_pool2d(y, 2) if i%(self.n+1)==self.n else torch.cat([x, y], 1)
 
-def plain_vgg():
-    model = vgg19(channels_last=False)
-    for m in model.modules():
-        if isinstance(m, Conv3x3): m.__class__ = nn.Conv2d
-    return model
-
 def compiled(make):
     model = make()
     model.compile()
     return model
 
-NETWORKS = dict(vgg19      = dict(plain=plain_vgg, channels_last=lambda: plain_vgg().to(memory_format=torch.channels_last), spectral_nb=vgg19),
-                densenet40 = dict(plain=PlainDense, channels_last=lambda: PlainDense().to(memory_format=torch.channels_last), spectral_nb=densenet40))
+NETWORKS = dict(vgg19=dict(plain=partial(vgg19, channels_last=False), spectral_nb=vgg19), densenet40=dict(plain=PlainDense, spectral_nb=densenet40))
+
+EPOCH = 50_000 # training images of CIFAR-10
 
 class Contestant:
-    "A network in training on one batch, from given weights"
-    def __init__(self, make, weights, x, y):
-        self.model, self.x, self.y, self.losses = make(), x, y, []
+    "A network in training on one batch, from given weights, perhaps in bfloat16"
+    def __init__(self, make, weights, x, y, bf16):
+        self.model, self.x, self.y, self.bf16, self.losses = make(), x, y, bf16, []
         with torch.no_grad():
             for p,w in zip(self.model.parameters(), weights, strict=True): p.copy_(w)
         self.opt = torch.optim.SGD(self.model.parameters(), lr=.001, momentum=.9)
@@ -56,7 +52,7 @@ class Contestant:
         "Seconds of forward, backward and update"
         start = clock()
         self.opt.zero_grad()
-        loss = F.cross_entropy(self.model(self.x), self.y)
+        with torch.autocast('cpu', torch.bfloat16, enabled=self.bf16): loss = F.cross_entropy(self.model(self.x), self.y)
         loss.backward()
         self.opt.step()
         self.losses.append(loss.item())
@@ -71,39 +67,40 @@ def weights_of(make):
 
 def compare(name, size, batch, rounds, clock, with_compile):
     "One row per contestant"
-    make = NETWORKS[name] | (dict(compiled=lambda: compiled(NETWORKS[name]['spectral_nb'])) if with_compile else {})
+    make = NETWORKS[name] | dict(bfloat16=NETWORKS[name]['spectral_nb']) | (dict(compiled=lambda: compiled(NETWORKS[name]['spectral_nb'])) if with_compile else {})
     weights = weights_of(make['spectral_nb'])
     x, y = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
-    runs = {k: Contestant(f, weights(f()), x, y) for k,f in make.items()}
+    runs = {k: Contestant(f, weights(f()), x, y, k=='bfloat16') for k,f in make.items()}
     for r in runs.values(): r.step(clock)                                    # first calls
+    spectral = spectral_step(make['spectral_nb'], rounds, clock)
     times = [{k: r.step(clock) for k,r in runs.items()} for _ in range(rounds)]
     for k,r in runs.items():
         gap = max(abs(a-b) for a,b in zip(r.losses, runs['plain'].losses))
-        yield dict(network=name, size=size, contestant=k, images_per_s=batch/median(t[k] for t in times),
-                   by_plain=median(t['plain']/t[k] for t in times), loss=r.losses[-1], largest_gap=gap, load=os.getloadavg()[0])
+        epoch = EPOCH/batch*median(t[k] for t in times)
+        yield dict(network=name, size=size, contestant=k, images_per_s=EPOCH/epoch, by_plain=median(t['plain']/t[k] for t in times),
+                   epoch_s=epoch, spectral_s=spectral, spectral_share=spectral/epoch, loss=r.losses[-1], largest_gap=gap, load=os.getloadavg()[0])
+
+def spectral_step(make, rounds, clock):
+    "Seconds in which `SpectralLR` reads the spectra before an epoch"
+    model, times = make(), []
+    held = group_layers(model, layer_groups(model))
+    for _ in range(rounds+1):
+        start = clock()
+        LayerAllocator().look(model, held, 0)
+        times.append(clock()-start)
+    return median(times[1:])                                                 # without the first call
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__)
+    p = parser(__doc__, 5)
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=list(NETWORKS))
     p.add_argument('--sizes', nargs='+', type=int, default=[32, 16], help='sides of the images (32 16)')
     p.add_argument('--batch', type=int, default=128, help='images per step (128)')
-    p.add_argument('--rounds', type=int, default=5, help='rounds; each runs one step of all contestants in turn (5)')
-    p.add_argument('--threads', type=int, default=2, help='threads (2)')
     p.add_argument('--cpu-time', action='store_true', help='count processor time instead of time: with one thread it is less spoilt by the work of others')
     p.add_argument('--compile', action='store_true', help='also run through torch.compile, which needs a C++ compiler')
-    p.add_argument('--out', type=Path, default=Path('runs/bench/train.csv'), help='file to write (runs/bench/train.csv)')
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
+    begin(args)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Batch {args.batch}, median of {args.rounds} interleaved rounds, {args.threads} threads; `by_plain` is how many times as fast as plain")
-    with open(args.out, 'w', newline='') as f:
-        out = None
-        for name in args.networks:
-            for size in args.sizes:
-                for row in compare(name, size, args.batch, args.rounds, clock, args.compile):
-                    if out is None: out = csv.DictWriter(f, row); out.writeheader(); print(''.join(f'{k:>15}' for k in row))
-                    out.writerow({k: f'{v:.5g}' if isinstance(v, float) else v for k,v in row.items()}); f.flush()
-                    print(''.join(f'{v:15.4g}' if isinstance(v, float) else f'{v:>15}' for v in row.values()), flush=True)
+    print(f"`by_plain` is how many times as fast as plain; `epoch_s` what the {EPOCH:,} images of CIFAR-10 take, `spectral_share` what reading the spectra before it adds")
+    table((r for name in args.networks for size in args.sizes for r in compare(name, size, args.batch, args.repeats, clock, args.compile)), args.out/'train.csv')
 
 if __name__=='__main__': main()

@@ -14,4 +14,6 @@ def parser(doc, nets, seeds, what):
     p.add_argument('--out', type=Path, default=Path(__file__).parent, help='folder of the tables')
     return p
 
+def sparse_option(p): p.add_argument('--sparse', action='store_true', help='networks trained with a penalty on their norm scales')
+
 def overrides(args): return (dict(epochs=args.epochs) if args.epochs else {}) | (dict(items=None) if args.data=='digits' else {})

@@ -15,8 +15,8 @@ from .plots import *
 from .report import *
 from .model_report import *
 from .data import *
-from .small_conv import *
 from .models import *
+from .precision import *
 from .lr import *
 from .lr_callback import *
 from .baselines import *

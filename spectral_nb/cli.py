@@ -12,7 +12,7 @@ from functools import partial
 from json import dumps, loads
 from pathlib import Path
 import pandas as pd
-from fastcore.script import call_parse
+from fastcore.script import call_parse, store_true
 
 # %% ../nbs/60_cli.ipynb #e7a48fd3
 @contextmanager
@@ -135,6 +135,7 @@ def spectral_train(
     items:int=None, # training images to use, all if not given
     size:int=None, # pixels a side, 16 for digits and 32 for CIFAR if not given
     wd:float=5e-4, # weight decay
+    bf16:store_true=False, # multiply in bfloat16? Faster where the processor has instructions for it
     seed:int=0, # of initialization, data order and augmentation
     out:str='runs/train', # folder for model.safetensors, history.csv and layers.csv
 ):
@@ -143,12 +144,14 @@ def spectral_train(
         from spectral_nb.experiment import LRS, TotalBar, fit_run, make_learner, n_batches, pick
         from spectral_nb.metrics import analyze
         from spectral_nb.models import ARCHS
+        from spectral_nb.precision import BFloat16
         from spectral_nb.prune import save_slim
         from spectral_nb.report import write_text
         for what,name,choices in (('arch', arch, ARCHS), ('lr', lr, LRS)): pick(what, name, choices)
         _check_training(epochs, max_lr)
         folder, dls = out_folder(out), _dls(data, bs, seed, items, size)
         learn = make_learner(dls, arch, lr, seed, wd)
+        if bf16: learn.add_cb(BFloat16())
         res = fit_run(learn, epochs, max_lr, seed, TotalBar(n_batches(dls, epochs), f'{arch}, {lr} rates'))
         df, history = analyze(learn.model, progress=False), learn.spectral_lr.history
         save_slim(learn.model, folder/'model.safetensors')

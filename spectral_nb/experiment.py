@@ -34,10 +34,11 @@ from fastai.torch_core import get_random_states, set_random_states
 from .baselines import lars
 from .data import DATA, tensor_dls
 from .metrics import analyze, _check_known
-from .models import ARCHS, macs, n_params
+from .models import ARCHS, build_model, macs, n_params
 from .lr import ASSIGN, layer_groups
 from .lr_callback import SpectralLR
 from .prune import load_slim, prune, save_slim
+from .prune_callback import GammaL1
 
 # %% ../nbs/50_experiment.ipynb #f714e105
 LRS = {'spectral': 'linear', **{h: h for h in ASSIGN}} # name of an allocation -> `how` of `assign_lr`
@@ -441,14 +442,16 @@ def trained_network(
     seed:int, # of initialization, data order and augmentation
     width, # `width` of VGG19, `growth` of DenseNet40
     epochs:int, # epochs of training
+    l1:float=0., # weight of the penalty on the norm scales, see `GammaL1`
     **data, # see `run_dls`
 )->nn.Module: # on the CPU, in training mode
     "The network of that config, from its file if there is one."
-    home = Path(folder)/run_name(dict(arch=arch, seed=seed, lr=lr, width=width, epochs=epochs, **data))
+    home = Path(folder)/run_name(dict(arch=arch, seed=seed, lr=lr, width=width, epochs=epochs, l1=l1, **data))
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home/'lock'):
         if not (file := home/'network.safetensors').exists():
             learn = make_learner(run_dls(seed=seed, **data), arch, 'uniform', seed, **{WIDTHS[arch]: width})
+            if l1: learn.add_cb(GammaL1(l1))
             fit_run(learn, epochs, lr, seed, file=home/'state.pt', last=1)
             save_slim(learn.model, home/'part.safetensors').replace(file)
             (home/'state.pt').unlink()
@@ -461,6 +464,11 @@ def _cut(model, example, target, ratios, by, seed):
     slim = prune(model, example, target, by, ratios, **lots).model if target else model
     return slim, dict(params=n_params(slim), flops=macs(slim, example))
 
+def _anew(model, seed):
+    "The architecture of `model` with new weights."
+    set_seed(seed)
+    return build_model(model.config)
+
 def run_prune(
     arch:str, # a key of `ARCHS`
     ratios:str, # see `prune`
@@ -472,13 +480,15 @@ def run_prune(
     epochs:int, # epochs of training
     tune_lr:float, # largest rate of fine-tuning
     tune_epochs:int, # epochs of fine-tuning
+    l1:float=0., # weight of the penalty on the norm scales in training, see `GammaL1`
+    scratch:bool=False, # instead of fine-tuning, train the slim architecture from new weights, for as many epochs as both together?
     last:int=1, # last epochs, of which the results are also averaged
     folder=None, # where to keep the state of the run; the trained networks are kept beside it
     **data, # see `run_dls`
 )->dict: # `params`, `flops`, `loss_at_once`, `accuracy_at_once`, and the results of `fit_run`
     "How well a network does after channels have been removed, at once and after fine-tuning."
-    model, dls = trained_network(Path(folder).parent/'networks', arch, lr, seed, width, epochs, **data), run_dls(seed=1000+seed, **data)
+    model, dls = trained_network(Path(folder).parent/'networks', arch, lr, seed, width, epochs, l1, **data), run_dls(seed=1000+seed, **data)
     slim, size = _cut(model, dls.valid.one_batch()[0][:1], target, ratios, by, seed)
-    learn = learner_for(dls, slim)
-    at_once = {f'{k}_at_once': v for k,v in evaluate(learn).items()}
-    return size | at_once | fit_run(learn, tune_epochs, tune_lr, seed, file=Path(folder)/'state.pt', last=last)
+    at_once = {f'{k}_at_once': v for k,v in evaluate(learner_for(dls, slim)).items()}
+    n, rate, net = (tune_epochs, tune_lr, slim) if not scratch else (epochs+tune_epochs, lr, _anew(slim, seed))
+    return size | at_once | fit_run(learner_for(dls, net), n, rate, seed, file=Path(folder)/'state.pt', last=last)

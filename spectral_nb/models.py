@@ -14,17 +14,18 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from .metrics import _check_known
-from .small_conv import Conv3x3
 
 # %% ../nbs/11_models.ipynb #13491c5d
 VGG19 = [64]*2 + ['M'] + [128]*2 + ['M'] + [256]*4 + ['M'] + [512]*4 + ['M'] + [512]*4
+
+def _conv3(c_in, c_out): return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
 
 def _vgg_layers(cfg, c_in):
     "The convolutions, norms, activations and pools that `cfg` lists."
     for v in cfg:
         if v=='M': yield nn.MaxPool2d(2)
         else:
-            yield from (Conv3x3(c_in, v), nn.BatchNorm2d(v), nn.ReLU(inplace=True))
+            yield from (_conv3(c_in, v), nn.BatchNorm2d(v), nn.ReLU(inplace=True))
             c_in = v
 
 # %% ../nbs/11_models.ipynb #f335ba5d
@@ -78,8 +79,6 @@ class Reader(nn.Module):
         return F.relu(self.norm(x), inplace=True)
 
 # %% ../nbs/11_models.ipynb #0d57c406
-def _conv3(c_in, c_out): return nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-
 class DenseLayer(Reader):
     "Appends what a 3x3 convolution makes of the trunk."
     def __init__(self, width, c_out, reads=None):

@@ -131,38 +131,35 @@ def dense_slices(
     return c | dict(outs=outs, reads=reads), slices | {u.norm: (idx, None) for u,idx in keep.items()}
 
 # %% ../nbs/31_prune.ipynb #dee372a0
-def _rows(trunk, reads, width): return trunk[:width] if reads is None else trunk.index_select(0, reads)
+_GAP = 16 # numbers behind each row of a trunk
 
-def _select(trunk, reads, width, layout, pixels=1024):
-    "The channels `reads` of `trunk`, its first `width` if None, in memory format `layout`; large images one by one."
-    n, c, h, w = trunk.shape
-    if layout is not torch.channels_last or h*w<pixels:
-        rows = trunk[:, :width] if reads is None else trunk.view(n*c, h, w).index_select(0, (torch.arange(n, device=trunk.device)[:, None]*c+reads).flatten()).view(n, -1, h, w)
-        return rows.contiguous(memory_format=layout)
-    res = trunk.new_empty(n, h*w, width if reads is None else len(reads))
-    for o,t in zip(res, trunk.flatten(2)): o.copy_(_rows(t, reads, width).t())
-    return res.view(n, h, w, -1).movedim(-1, 1)
-
-def _read(reader, trunk, width, layout):
-    "What `reader` makes of the first `width` channels of `trunk`."
-    return F.relu_(reader.norm(_select(trunk, reader.reads, width, layout)))
+def _select(trunk, reads, width, size, layout):
+    "The channels `reads` of `trunk`, its first `width` if None, as images of `size` in memory format `layout`."
+    rows = trunk[:, :width] if reads is None else trunk.index_select(1, reads)
+    return rows[..., :size.numel()].unflatten(-1, size).contiguous(memory_format=layout)
 
 def _dense_block(layers, last, x):
     "What `last` reads when the `layers` have added their channels to `x`."
-    outs, width = [m.conv.out_channels for m in layers], x.shape[1]
-    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    trunk = x.new_empty(len(x), width+sum(outs), *x.shape[2:])
-    trunk[:, :width] = x
+    n, width, size, outs = *x.shape[:2], x.shape[2:], [m.conv.out_channels for m in layers]
+    trunk, layout = x.new_empty(n, width+sum(outs), size.numel()+_GAP), _layout([x])
+    images = trunk[..., :size.numel()].unflatten(-1, size)
+    images[:, :width] = x
+    read = lambda m: F.relu_(m.norm(_select(trunk, m.reads, width, size, layout)))
     for m,o in zip(layers, outs):
-        trunk[:, width:width+o] = m.conv(_read(m, trunk, width, layout))
+        images[:, width:width+o] = m.conv(read(m))
         width += o
-    return _read(last, trunk, width, layout)
+    return read(last)
 
 # %% ../nbs/31_prune.ipynb #bcb37ee6
+_PIECE = 16 # images that go through at once
+
 class SlimDenseNet(DenseNet):
     "A `DenseNet` that selects channels at little cost when no gradients are wanted."
     def forward(self, x):
         if torch.is_grad_enabled() or torch.compiler.is_compiling(): return super().forward(x)
+        return torch.cat([self._predict(o) for o in x.split(_PIECE)])
+
+    def _predict(self, x):
         x = self.stem(x)
         for block,trans in (self.block1, self.trans1), (self.block2, self.trans2): x = F.avg_pool2d(trans.conv(_dense_block(block, trans, x)), 2)
         return self.head.fc(_dense_block(self.block3, self.head, x).mean((2,3)))

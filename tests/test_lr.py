@@ -13,6 +13,7 @@ from spectral_nb.lr import SpectralScheduler, assign_lr, group_layers, layer_gro
 from spectral_nb.lr_callback import SpectralLR, SpectralWD
 from spectral_nb.metrics import layer_scores
 from spectral_nb.models import densenet40, vgg19
+from spectral_nb.precision import BFloat16
 
 EPOCHS, BATCHES, LR = 3, 5, 0.02
 
@@ -228,14 +229,8 @@ def test_freeze_to_trains_the_last_layers():
     moved = [n for (n,p),o in zip(learn.model.named_parameters(), before) if not torch.equal(p, o)]
     assert moved==['2.weight', '2.bias'] + [f'{i}.{k}' for i in (6, 8, 10) for k in ('weight', 'bias')]    # and the batch norm, which fastai never freezes
 
-class CPUBf16(MixedPrecision):
-    "As fastai does it on a GPU."
-    def before_fit(self):
-        super().before_fit()
-        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
-
 @pytest.mark.filterwarnings('ignore:.*CUDA is not available', 'ignore:.*cuda is not available')
-@pytest.mark.parametrize('cb', [partial(CPUBf16, amp_mode='bf16'), MixedPrecision])
+@pytest.mark.parametrize('cb', [BFloat16, MixedPrecision])
 def test_mixed_precision(cb):
     class Kinds(Callback):
         def before_fit(self): self.seen = set()

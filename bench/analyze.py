@@ -1,11 +1,12 @@
 "Seconds and memory to analyse networks with random weights: beside weightwatcher, and beside nothing but the eigenvalues"
-import argparse, contextlib, csv, io, logging, os, subprocess, sys, time
+import argparse, contextlib, io, logging, subprocess, sys, time
 from pathlib import Path
 from statistics import median
 import torch
 from torch import nn
 from spectral_nb.matrices import gram, layer_matrices
 from spectral_nb.metrics import analyze, layer_scores
+from common import begin, parser, table
 
 def eigenvalues(model):
     "The least that any analysis must do: the eigenvalues of the Gram matrices, in single precision"
@@ -66,24 +67,13 @@ def growth(largest, slow=2048):
             rounds = interleaved(runs, make(n), 3 if n<=slow else 1)
             yield dict(what=what, n=n, **{k: median(r[k] for r in rounds) for k in runs})
 
-def table(rows, path):
-    "Print `rows` as they come, and write them to `path`"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'w', newline='') as f:
-        for i,row in enumerate(rows):
-            if i==0: out = csv.DictWriter(f, row); out.writeheader(); print(f'\n{path}\n' + ''.join(f'{k[:24]:>26}' for k in row))
-            out.writerow({k: f'{v:.4g}' if isinstance(v, float) else v for k,v in row.items()}); f.flush()
-            print(''.join(f'{v:26.4g}' if isinstance(v, float) else f'{v:>26}' for v in row.values()), flush=True)
-
 def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--repeats', type=int, default=3, help='rounds; each runs all contestants in turn (3)')
+    p = parser(__doc__, 3)
     p.add_argument('--largest', type=int, default=8192, help='side of the largest matrix (8192)')
-    p.add_argument('--out', type=Path, default=Path('runs/bench'), help='folder for speed.csv and growth.csv (runs/bench)')
     p.add_argument('--peak', nargs=2, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.peak: return print(peak(*args.peak))
-    print(f"Seconds, median of {args.repeats} interleaved rounds, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} (others' work spoils the ratios)")
+    begin(args)
     for f in RUNS.values(): f(square(64))                                    # imports and first calls
     table(speed(args.repeats), args.out/'speed.csv')
     table(growth(args.largest), args.out/'growth.csv')
