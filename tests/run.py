@@ -14,7 +14,7 @@ if __name__=='__main__':
     os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', MPLBACKEND='agg')
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp)/'report.xml'
-        code = subprocess.call([sys.executable, '-m', 'pytest', '-n', '2', '--dist', 'worksteal', '-q', '--durations=10', f'--junitxml={report}', *sys.argv[1:]])
+        code = subprocess.call([sys.executable, '-m', 'pytest', '-n', '2', '--dist', 'worksteal', '-q', '--durations=10', '--hypothesis-profile=ci', f'--junitxml={report}', *sys.argv[1:]])
         passed,failed = counts(report, code)
     print(f'{passed} passed, {failed} failed', flush=True)
     sys.exit(failed>0)

@@ -1,7 +1,7 @@
 "Channel ratios: budgets, bounds and symmetries by property, rules against the papers' own procedures"
 import warnings
 import numpy as np, pytest, torch, torch_pruning as tp
-from hypothesis import given, settings, assume, strategies as st
+from hypothesis import assume, given, settings, assume, strategies as st
 from torch import nn
 from spectral_nb.ratios import channel_ratios, hand_ratios, lamp_moments, RATIOS, ARRAY_RATIOS
 
@@ -109,7 +109,8 @@ def chain(sizes, side=8):
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(16, 300), min_size=4, max_size=12), st.floats(.05, .9), HOW, st.sampled_from(['params','flops','trunk']))
 def test_costs_are_met(ls, target, how, by):
-    "Within half a percent of parameters or multiply-adds, in networks whose layers have 16 channels or more."
+    "Within half a percent of parameters or multiply-adds, in networks whose layers have 16 channels or more and where one channel is at most a percent."
+    assume(by!='trunk' or sum(ls)>=100)
     sizes, = named([ls])
     cost, calls = chain(sizes)[by], []
     def counted(kept): calls.append(kept); return cost(kept)
