@@ -1,5 +1,5 @@
 "Images per second in training on the CPU: the networks as they come, beside the same in PyTorch's plain layout and modules, and in bfloat16; what the spectral step adds to an epoch"
-import os, time
+import time
 from functools import partial
 from statistics import median
 import torch
@@ -78,7 +78,7 @@ def compare(name, size, batch, rounds, clock, with_compile):
         gap = max(abs(a-b) for a,b in zip(r.losses, runs['plain'].losses))
         epoch = EPOCH/batch*median(t[k] for t in times)
         yield dict(network=name, size=size, contestant=k, images_per_s=EPOCH/epoch, by_plain=median(t['plain']/t[k] for t in times),
-                   epoch_s=epoch, spectral_s=spectral, spectral_share=spectral/epoch, loss=r.losses[-1], largest_gap=gap, load=os.getloadavg()[0])
+                   epoch_s=epoch, spectral_s=spectral, spectral_share=spectral/epoch, loss=r.losses[-1], largest_gap=gap)
 
 def spectral_step(make, rounds, clock):
     "Seconds in which `SpectralLR` reads the spectra before an epoch"

@@ -193,7 +193,7 @@ def layer_macs(
 )->dict: # module name -> multiply-adds for one item; '' is the whole model
     "Multiply-adds of `model` and of each module in it."
     counter = FlopCounterMode(display=False)
-    with eval_mode(model), counter: model(example)
+    with eval_mode(model), torch.enable_grad(), counter: model(example)      # as in training, without short cuts
     counts, root = counter.get_flop_counts(), type(model).__name__
     return {'': counter.get_total_flops()//2//len(example),
             **{k.removeprefix(root+'.'): sum(v.values())//2//len(example) for k,v in counts.items() if k.startswith(root+'.')}}

@@ -133,9 +133,15 @@ def dense_slices(
 # %% ../nbs/31_prune.ipynb #dee372a0
 _GAP = 16 # numbers behind each row of a trunk
 
+def _rows(trunk, reads):
+    "The rows `reads` of each image, taken from one long list of rows, which PyTorch does in parallel."
+    n, c = trunk.shape[:2]
+    at = torch.arange(n, device=trunk.device)[:, None]*c + reads
+    return trunk.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+
 def _select(trunk, reads, width, size, layout):
     "The channels `reads` of `trunk`, its first `width` if None, as images of `size` in memory format `layout`."
-    rows = trunk[:, :width] if reads is None else trunk.index_select(1, reads)
+    rows = trunk[:, :width] if reads is None else _rows(trunk, reads)
     return rows[..., :size.numel()].unflatten(-1, size).contiguous(memory_format=layout)
 
 def _dense_block(layers, last, x):
@@ -151,7 +157,7 @@ def _dense_block(layers, last, x):
     return read(last)
 
 # %% ../nbs/31_prune.ipynb #bcb37ee6
-_PIECE = 16 # images that go through at once
+_PIECE = 32 # images that go through at once
 
 class SlimDenseNet(DenseNet):
     "A `DenseNet` that selects channels at little cost when no gradients are wanted."
@@ -161,7 +167,7 @@ class SlimDenseNet(DenseNet):
 
     def _predict(self, x):
         x = self.stem(x)
-        for block,trans in (self.block1, self.trans1), (self.block2, self.trans2): x = F.avg_pool2d(trans.conv(_dense_block(block, trans, x)), 2)
+        for block,trans in (self.block1, self.trans1), (self.block2, self.trans2): x = trans.conv(F.avg_pool2d(_dense_block(block, trans, x), 2))
         return self.head.fc(_dense_block(self.block3, self.head, x).mean((2,3)))
 
 # %% ../nbs/31_prune.ipynb #24f251d1

@@ -1,7 +1,7 @@
 "Channel ratios: budgets, bounds and symmetries by property, rules against the papers' own procedures"
 import warnings
 import numpy as np, pytest, torch, torch_pruning as tp
-from hypothesis import assume, given, settings, assume, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from spectral_nb.ratios import channel_ratios, hand_ratios, lamp_moments, RATIOS, ARRAY_RATIOS
 
