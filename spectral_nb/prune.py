@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLICES', 'BUDGETS', 'Unit', 'vgg_units', 'dense_units', 'mask_channels', 'vgg_slices', 'dense_slices', 'SlimDenseNet',
-           'slim_network', 'PruneReport', 'latency', 'prune', 'spectra_change', 'save_slim', 'load_slim']
+           'slim_network', 'PruneReport', 'speed_up', 'prune', 'spectra_change', 'save_slim', 'load_slim']
 
 # %% ../nbs/31_prune.ipynb #156fe6e5
 import json
@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 import pandas as pd, torch, matplotlib.pyplot as plt
@@ -391,18 +390,21 @@ def _ratio_scores(model, plan, sizes, scores, how):
     return s.fillna(s.mean()).to_dict()
 
 # %% ../nbs/31_prune.ipynb #3d9687f9
-def latency(
-    model:nn.Module, # any network
-    example:Tensor, # a batch of inputs
-    n:int=7, # predictions to time, after a first one
-)->float: # seconds, the median
-    "How long a prediction takes."
-    with eval_mode(model), torch.no_grad():
-        model(example)
-        times = [(perf_counter(), model(example), perf_counter()) for _ in range(n)]
-    return median(b-a for a,_,b in times)
+def speed_up(
+    slim:nn.Module, # any network
+    model:nn.Module, # the network that it is compared with
+    example, # a batch of inputs
+    n:int=15, # predictions of each, in turn, after a first one
+)->float: # from the shortest time of each
+    "How many times as fast as `model` the network `slim` predicts."
+    def seconds(m): start = perf_counter(); m(example); return perf_counter()-start
+    with eval_mode(model), eval_mode(slim):
+        times = [(seconds(model), seconds(slim)) for _ in range(n+1)][1:]
+    return min(a for a,_ in times)/min(b for _,b in times)
 
-BUDGETS = dict(params=lambda m, x: n_params(m), flops=lambda m, x: _macs(m, x)[''], latency=latency)
+BUDGETS = dict(params  = lambda slim, model, x: n_params(slim),
+               flops   = lambda slim, model, x: _macs(slim, x)[''],
+               latency = lambda slim, model, x: 1/speed_up(slim, model, x) if slim is not model else 1.)
 
 # %% ../nbs/31_prune.ipynb #ff5e4172
 def _blueprint(model, keep):
@@ -413,17 +415,19 @@ def _blueprint(model, keep):
 def _network_cost(model, plan, example, by, order):
     "The function from channels kept per layer to the cost `by` of the network; `order` has the channels of each unit by importance."
     bare = bool(_arch(model)) and by in ('params', 'flops')
-    price, x = by if callable(by) else BUDGETS[by], example.to('meta') if bare else example
-    def cost(kept):
+    price, x = (lambda slim, model, x: by(slim, x)) if callable(by) else BUDGETS[by], example.to('meta') if bare else example
+    def narrowed(kept):
         keep = {u: _first(order[u], kept.get(u.layer, plan.sizes[u.layer])) for u in plan.units}
-        return price(_blueprint(model, keep) if bare else plan.cut(keep)[0], x)
-    return cost
+        if all(len(idx)==plan.sizes[u.layer] for u,idx in keep.items()) and not bare: return model
+        return _blueprint(model, keep) if bare else plan.cut(keep)[0]
+    return lambda kept: price(narrowed(kept), model, x)
 
 # %% ../nbs/31_prune.ipynb #e02c948b
 def _shares(model, plan, sizes, scores, target, by, ratios, order, example, **kwargs):
     "The share of channels that each layer loses."
     cost = None if by=='channels' else _network_cost(model, plan, example, by, order)
-    if isinstance(ratios, dict): res = hand_ratios(ratios, sizes, target, cost)
+    if by=='latency': kwargs = dict(tol=.02, repair=False) | kwargs
+    if isinstance(ratios, dict): res = hand_ratios(ratios, sizes, target, cost, kwargs.get('tol', .005))
     else: res = channel_ratios(_ratio_scores(model, plan, sizes, scores, ratios), sizes, target, how=ratios, cost=cost, **kwargs)
     return dict.fromkeys(plan.sizes, 0.) | res
 

@@ -201,7 +201,7 @@ def _price(cost, widths, names):
     known = lru_cache(None)(lambda kept: float(cost(dict(zip(names, kept)))))
     return lambda taken: known(tuple(int(w[t]) for w,t in zip(widths, taken)))
 
-def _meet(order, widths, price, goal, tol, full, said):
+def _meet(order, widths, price, goal, tol, full, said, repair):
     "Steps of each layer that bring `price` within `tol` of `goal`, or an error that tells what can be had."
     most = np.array([len(w)-1 for w in widths])
     share = lambda taken: 1-price(taken)/full
@@ -209,9 +209,9 @@ def _meet(order, widths, price, goal, tol, full, said):
         raise ValueError(f"{said} cannot be met: at most {share(most):.3f} can go with these bounds, raise max_ratio or lower min_channels")
     taken = _cross(order, len(widths), price, goal)
     if not taken.any(): raise ValueError(f"{said} rounds to none: nothing would be removed, use at least {share(np.bincount(order[:1], minlength=len(most))):.2g}")
-    taken = _repair(taken, most, price, goal, tol)
+    if repair: taken = _repair(taken, most, price, goal, tol)
     if abs(price(taken)-goal)>tol: raise ValueError(f"{said} cannot be met, the nearest found is {share(taken):.4f}: take that, or a larger tol")
-    return _give_back(taken, price)
+    return _give_back(taken, price) if repair else taken
 
 # %% ../nbs/30_ratios.ipynb #5de6961f
 def channel_ratios(
@@ -227,6 +227,7 @@ def channel_ratios(
     round_to:int=1, # layers that lose channels keep a multiple of this
     cost=None, # function from a dict, layer name -> channels kept, to the cost that `target` is a share of; None counts channels
     tol:float=.005, # how far the cost may be off, as a share of the whole
+    repair:bool=True, # change single layers where their order alone misses the budget? Not for a cost that is measured and noisy
     seed:int=0, # of `shuffled` and `random`
 )->dict: # layer name -> share of its channels to remove, a whole number of channels
     "Shares of channels to remove, which together meet `target`."
@@ -242,5 +243,5 @@ def channel_ratios(
     full, n = price([0]*len(todo)), sum(sizes.values())
     if not 0<full<np.inf: raise ValueError(f"the cost of the whole network is {full}: it must be positive and finite")
     goal, slack = (full*(1-target), full*tol) if cost else (n-round(target*n), round_to//2)
-    taken = _meet(order, widths, price, goal, slack, full, f"target={target} of {f'a cost of {full:.5g}' if cost else f'{n} channels'}")
+    taken = _meet(order, widths, price, goal, slack, full, f"target={target} of {f'a cost of {full:.5g}' if cost else f'{n} channels'}", repair)
     return {k: 0. for k in sizes} | {k: (n-w[t].item())/n for (k,n),w,t in zip(todo.items(), widths, taken)}
