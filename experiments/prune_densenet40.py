@@ -28,7 +28,7 @@ def configs(args):
     for s in range(args.seeds):
         for arch in args.archs:
             net = dict(arch=arch, seed=s, data=args.data, **NETS[arch], l1=L1[arch] if args.sparse else 0.) | overrides(args)
-            yield dict(ratios='none', target=0., by='channels', scratch=False, **net)
+            yield dict(ratios='none', target=0., by='channels', scratch=args.scratch, **net)
             yield from (dict(ratios=r, target=t, by=b, scratch=args.scratch, **net) for b in args.by for t in args.targets for r in args.ratios)
 
 def main(args):
