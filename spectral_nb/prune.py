@@ -418,17 +418,17 @@ def _network_cost(model, plan, example, by, order):
     price, x = (lambda slim, model, x: by(slim, x)) if callable(by) else BUDGETS[by], example.to('meta') if bare else example
     def narrowed(kept):
         keep = {u: _first(order[u], kept.get(u.layer, plan.sizes[u.layer])) for u in plan.units}
-        if all(len(idx)==plan.sizes[u.layer] for u,idx in keep.items()) and not bare: return model
-        return _blueprint(model, keep) if bare else plan.cut(keep)[0]
+        if bare: return _blueprint(model, keep)
+        return plan.cut(keep)[0] if any(len(idx)<plan.sizes[u.layer] for u,idx in keep.items()) else model
     return lambda kept: price(narrowed(kept), model, x)
 
 # %% ../nbs/31_prune.ipynb #e02c948b
 def _shares(model, plan, sizes, scores, target, by, ratios, order, example, **kwargs):
     "The share of channels that each layer loses."
     cost = None if by=='channels' else _network_cost(model, plan, example, by, order)
-    if by=='latency': kwargs = dict(tol=.02, repair=False) | kwargs
-    if isinstance(ratios, dict): res = hand_ratios(ratios, sizes, target, cost, kwargs.get('tol', .005))
-    else: res = channel_ratios(_ratio_scores(model, plan, sizes, scores, ratios), sizes, target, how=ratios, cost=cost, **kwargs)
+    tol = dict(tol=.02) if by=='latency' else {}
+    if isinstance(ratios, dict): res = hand_ratios(ratios, sizes, target, cost, **tol)
+    else: res = channel_ratios(_ratio_scores(model, plan, sizes, scores, ratios), sizes, target, how=ratios, cost=cost, **tol | dict(repair=by!='latency') | kwargs)
     return dict.fromkeys(plan.sizes, 0.) | res
 
 # %% ../nbs/31_prune.ipynb #d8544682
