@@ -57,10 +57,10 @@ def test_mutated(files, name):
     whole, rng, refusals = (files/name).read_bytes(), np.random.default_rng(0), 0
     for i in range(TRIED):
         (files/name).write_bytes(mutate(whole, rng))
-        start = time.time()
+        start = time.process_time()
         try: read(files/name)
         except (ValueError, OSError) as e: refusals += 1; assert name in str(e), (i, e)
-        assert time.time()-start<5, i
+        assert time.process_time()-start<5, i
     assert TRIED/5<refusals<TRIED
 
 def test_mutated_analysis(files):
@@ -108,9 +108,9 @@ def test_long_header(tmp_path):
 def test_many_tensors(tmp_path):
     n = 100_000
     w = load_weights(safetensors(tmp_path/'many.safetensors', {f'l.{i}.weight': entry(4*i, 4*i+4, (1, 1)) for i in range(n)}, np.ones(n, np.float32).tobytes()))
-    start = time.time()
+    start = time.process_time()
     assert len(w)==n and list(w)[2]=='l.2.weight' and w['l.99999.weight'].item()==1
-    assert time.time()-start<5
+    assert time.process_time()-start<5
     assert len(analyze(w, layers='l.9999?', progress=False))==10
 
 def test_not_finite(tmp_path):
