@@ -14,8 +14,7 @@ WAYS = [*RATIOS, 'erk']
 
 def kept(model, x, ratios, seed):
     "Layer -> share of its channels left when 60 % of all channels go"
-    lots = dict(seed=seed) if ratios=='random' else {}
-    t = prune(model, x, .6, ratios=ratios, **lots).table.set_index('layer')
+    t = prune(model, x, .6, ratios=ratios, seed=seed).table.set_index('layer')
     return t.channels_after/t.channels_before
 
 def layers(arch, seed, l1, **over):

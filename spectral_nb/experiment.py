@@ -460,8 +460,7 @@ def trained_network(
 # %% ../nbs/50_experiment.ipynb #d2d47b0e
 def _cut(model, example, target, ratios, by, seed):
     "The slim network, and what it has and costs."
-    lots = dict(seed=seed) if ratios in ('random', 'shuffled') else {}
-    slim = prune(model, example, target, by, ratios, **lots).model if target else model
+    slim = prune(model, example, target, by, ratios, seed=seed).model if target else model
     return slim, dict(params=n_params(slim), flops=macs(slim, example))
 
 def _anew(model, seed):

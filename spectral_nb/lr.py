@@ -87,10 +87,15 @@ def assign_lr(
     if keep_mean: mult[ok] /= mult[ok].mean()
     return lr*mult
 
+# %% ../nbs/20_lr.ipynb #19e94e5f
+def _is_unit(m):
+    "Are all the parameters of `m` its own, none a child's?"
+    return len(list(m.parameters()))==len(list(m.parameters(recurse=False)))
+
 # %% ../nbs/20_lr.ipynb #cbcc072d
 class _Tracer(fx.Tracer):
-    "Looks into no module that has no children."
-    def is_leaf_module(self, m, name): return super().is_leaf_module(m, name) or not any(True for _ in m.children())
+    "Looks into no module whose parameters are all its own."
+    def is_leaf_module(self, m, name): return super().is_leaf_module(m, name) or _is_unit(m)
 
 def _inside(name, layers):
     "The last of the `layers` that the module called `name` holds, None where there is none."
@@ -149,7 +154,7 @@ def _feeders(model, layers, example):
 # %% ../nbs/20_lr.ipynb #b5f0fd00
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
-def _follows(m, params): return not any(True for _ in m.children()) and (isinstance(m, _NORMS) or all(p.ndim<2 for p in params))
+def _follows(m, params): return _is_unit(m) and (isinstance(m, _NORMS) or all(p.ndim<2 for p in params))
 
 # %% ../nbs/20_lr.ipynb #c0b102fd
 def layer_groups(

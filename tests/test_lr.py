@@ -438,6 +438,25 @@ def test_groups_of_torchvision(name):
     assert owners(net)==own
     if name!='vgg19_bn': assert owners(net, torch.randn(1, 3, 32, 32))==own                    # tracing and running agree
 
+class NormAct(nn.BatchNorm2d):
+    "A norm with its activation inside, as in timm."
+    def __init__(self, n): super().__init__(n); self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+    def forward(self, x): return self.act(self.drop(super().forward(x)))
+
+class Preact(nn.Module):
+    "All convolutions first, all norms after them, the last one first."
+    def __init__(self):
+        super().__init__()
+        self.convs, self.norms = nn.ModuleList(nn.Conv2d(4, 4, 3) for _ in range(3)), nn.ModuleList(NormAct(4) for _ in range(3))
+    def forward(self, x):
+        for conv,norm in zip(self.convs, reversed(self.norms)): x = norm(conv(x))
+        return x
+
+@pytest.mark.parametrize('example', [None, torch.zeros(1, 4, 8, 8)])
+def test_groups_of_norms_with_activation(example):
+    own = owners(Preact(), example)
+    for i in range(3): assert own[f'norms.{i}.weight']==own[f'norms.{i}.bias']==own[f'convs.{2-i}.weight']==f'convs.{2-i}'
+
 class RMS(nn.Module):
     def __init__(self, n): super().__init__(); self.gain = nn.Parameter(torch.zeros(n))
     def forward(self, x): return x*(1+self.gain)
