@@ -154,7 +154,7 @@ def _feeders(model, layers, example):
 # %% ../nbs/20_lr.ipynb #b5f0fd00
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
-def _follows(m, params): return _is_unit(m) and (isinstance(m, _NORMS) or all(p.ndim<2 for p in params))
+def _follows(m): return _is_unit(m) and (isinstance(m, _NORMS) or all(p.ndim<2 for p in m.parameters()))
 
 # %% ../nbs/20_lr.ipynb #c0b102fd
 def layer_groups(
@@ -169,7 +169,7 @@ def layer_groups(
         ps = list(m.parameters(recurse=False))
         own = next((owner[id(p)] for p in ps if id(p) in owner), None)
         before = own or before
-        groups[own or (fed.get(name, before) if _follows(m, ps) else None)] += [p for p in ps if id(p) not in seen]
+        groups[own or (fed.get(name, before) if _follows(m) else None)] += [p for p in ps if id(p) not in seen]
         seen.update(map(id, ps))
     return [ps for ps in groups.values() if ps]
 

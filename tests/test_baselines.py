@@ -25,7 +25,6 @@ def quiet_fit(learn, f):
 @pytest.mark.parametrize('make', [lars, Lamb], ids=['lars', 'lamb'])
 def test_groups_change_nothing(make):
     "One group per layer or one for all: the same steps."
-    torch.manual_seed(0)
     a, x = net(), torch.randn(8, 3, 8, 8)
     b = net(); b.load_state_dict(a.state_dict())
     for model,groups in (a, layer_groups(a)), (b, [list(b.parameters())]):
@@ -80,7 +79,6 @@ def numpy_gain(w, rank):
 
 def test_layer_gain():
     "Three planted directions, whatever the scale."
-    torch.manual_seed(0)
     q = lambda m: torch.linalg.qr(torch.randn(m, 3, dtype=torch.double))[0]
     w = q(32)@torch.diag(torch.tensor([3., 2., 1.], dtype=torch.double))@q(80).T + torch.randn(32, 80, dtype=torch.double)/200
     for scale in 1e-4, 1, 1e4: np.testing.assert_allclose(layer_gain(scale*w), numpy_gain(w.numpy(), 3), rtol=1e-6)

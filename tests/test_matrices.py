@@ -92,7 +92,6 @@ def test_fft_of_a_large_kernel():
 
 def test_fft_in_slices():
     "More matrices than fit into a slice."
-    torch.manual_seed(0)
     w = fft_matrices(torch.randn(1, 300, 260, 3, 3), 8)
     assert w.numel()>2**22
     np.testing.assert_allclose(esd(w, torch.float32), np.sort((torch.linalg.svdvals(w)**2).flatten()), rtol=1e-3, atol=1e-4*float(w.abs().square().sum(-1).max()))
@@ -100,7 +99,6 @@ def test_fft_in_slices():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(16, 16), nn.MultiheadAttention(8, 2)).to(dtype)
     for (_,_,a),(_,_,b) in zip(layer_matrices(net), layer_matrices(deepcopy(net).double())):
         assert a.dtype==torch.float32

@@ -157,7 +157,6 @@ def test_gamma_is_one_threshold():
     assert removed(channel_ratios(x, sizes, .5, 'gamma', max_ratio=1.), sizes)=={k: (np.abs(v)<=cut).sum() for k,v in x.items()}
 
 def test_lamp_is_torch_prunings():
-    torch.manual_seed(0)
     m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     dg = tp.DependencyGraph().build_dependency(m, example_inputs=torch.randn(1, 3, 8, 8))
     theirs = tp.importance.LAMPImportance(group_reduction='first')(dg.get_pruning_group(m[0], tp.prune_conv_out_channels, list(range(8))))
