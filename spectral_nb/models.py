@@ -52,15 +52,26 @@ def _prepare(model, channels_last):
     return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 # %% ../nbs/11_models.ipynb #fa0662a3
+def _without_last_pools(cfg, pools):
+    "`cfg` with its first `pools` max-pools only."
+    left, res = pools, []
+    for v in cfg:
+        if v!='M' or left>0: res.append(v)
+        left -= v=='M'
+    return res
+
 def vgg19(
     n_out:int=10, # classes
     c_in:int=3, # channels of the image
     width:float=1., # factor on the width of every convolution
     cfg:list=None, # widths and 'M' for a max-pool instead of `VGG19`
     channels_last:bool=True, # memory layout of weights and activations
+    pools:int=4, # max-pools to keep, the last ones go first
 )->VGG: # initialized network
-    "VGG19 with batch norm for images of 16 pixels a side or more."
-    cfg = [v if v=='M' else max(1, int(v*width)) for v in cfg or VGG19]
+    "VGG19 with batch norm for images of `2**pools` pixels a side or more."
+    if pools<0: raise ValueError(f"pools={pools}: keep 0 max-pools or more")
+    cfg = _without_last_pools(cfg or VGG19, pools)
+    cfg = [v if v=='M' else max(1, int(v*width)) for v in cfg]
     return _prepare(VGG(n_out, c_in, cfg), channels_last)
 
 # %% ../nbs/11_models.ipynb #2104bba6
