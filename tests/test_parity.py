@@ -35,6 +35,7 @@ def weightwatcher_details(model):
 @pytest.mark.parametrize('make,size', [(vgg19, 16), (densenet40, 8)])
 def test_equals_weightwatcher(make, size, steps):
     model = train(make(), steps, size)
-    ours, theirs = analyze(model, progress=False), weightwatcher_details(model)
+    ours = analyze(model, fit='weightwatcher', progress=False)
+    theirs = weightwatcher_details(model)
     assert ours.name.tolist() == theirs.name.tolist()
     for c in COLUMNS: np.testing.assert_allclose(ours[c], theirs[c].astype(float), rtol=1e-3, atol=1e-6, err_msg=c)
