@@ -466,8 +466,8 @@ class Delta(Mapping):
         return Peek(t.w, t.why or b.why, (t.memory, b.memory) if t.memory and b.memory else None)
     def minus(self, t, b):
         if not t.is_floating_point(): return t
-        t = t.detach()
-        return t.to(torch.promote_types(t.dtype, torch.float32), copy=True).sub_(b.detach())
+        shared = not isinstance(self.tuned, TensorFiles)                 # a file gives a copy, which can be overwritten
+        return t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=shared).sub_(b.detach())
     def __iter__(self): return iter(self.names)
     def __len__(self): return len(self.names)
     def __repr__(self): return f'differences of {len(self)} tensors, {len(self.skipped)} skipped'
