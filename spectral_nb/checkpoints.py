@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
-import json, os, pickle, re, struct, torch, zipfile
+import json, os, pickle, re, struct, zipfile
+import numpy as np, torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
@@ -39,10 +40,11 @@ def _read_place(f, place):
     "The tensor at `place` of the open file `f`."
     if place.dtype is None: raise ValueError('is of a type that PyTorch has not')
     span = 1+sum((n-1)*s for n,s in zip(place.shape, place.stride)) if 0 not in place.shape else 0
-    raw = torch.empty(span*place.dtype.itemsize, dtype=torch.uint8)
+    # NumPy's memory, since the C library reuses it; holes that aligned tensors leave it does not
+    raw = np.empty(span*place.dtype.itemsize, dtype=np.uint8)
     f.seek(place.start)
-    if f.readinto(raw.numpy())<len(raw): raise ValueError('lies beyond the end of the file: it was cut short')
-    return raw.view(place.dtype).as_strided(place.shape, place.stride)
+    if f.readinto(raw)<len(raw): raise ValueError('lies beyond the end of the file: it was cut short')
+    return torch.from_numpy(raw).view(place.dtype).as_strided(place.shape, place.stride)
 
 # %% ../nbs/03_checkpoints.ipynb #651a6ac8
 def natural_order(name):
