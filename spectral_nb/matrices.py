@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'CONVS', 'effective_weight', 'grouped_weight', 'fft_matrices', 'fixed_aspect', 'weight_matrices', 'gram',
-           'esd', 'weight_layers', 'select_layers', 'skipped_layers', 'layer_matrices']
+           'esd', 'Peek', 'weight_layers', 'named_tensors', 'plain_names', 'select_layers', 'skipped_layers',
+           'layer_matrices']
 
 # %% ../nbs/00_matrices.ipynb #ccd90065
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from math import ceil
+from threading import Lock
+from typing import NamedTuple
+import re
 import numpy as np, torch
 from scipy.linalg import eigvalsh, get_blas_funcs
 from threadpoolctl import ThreadpoolController
@@ -28,16 +32,20 @@ _HOOKS = {WeightNorm: WeightNorm.compute_weight,
           SpectralNorm: partial(SpectralNorm.compute_weight, do_power_iteration=False),
           BasePruningMethod: BasePruningMethod.apply_mask}
 
+def _written(h): return h._tensor_name if isinstance(h, BasePruningMethod) else h.name
+
 def _writer(m, name):
     "The function that writes tensor `name` of `m` before a forward pass, or None."
-    return next((partial(f, h) for h in m._forward_pre_hooks.values() for t,f in _HOOKS.items()
-                 if isinstance(h, t) and name==(h._tensor_name if t is BasePruningMethod else h.name)), None)
+    for h in m._forward_pre_hooks.values():
+        for t,f in _HOOKS.items():
+            if isinstance(h, t) and _written(h)==name: return partial(f, h)
 
 # %% ../nbs/00_matrices.ipynb #16708c4b
 @contextmanager
 def _evaluating(m):
     "The parametrizations of `m` in evaluation mode for a while."
-    mods = [o for o in m.parametrizations.modules() if o.training] if hasattr(m, 'parametrizations') else []
+    mods = m.parametrizations.modules() if hasattr(m, 'parametrizations') else ()
+    mods = [o for o in mods if o.training]
     for o in mods: o.training = False
     try: yield
     finally:
@@ -60,16 +68,22 @@ def _conv(m): return effective_weight(m).unflatten(0, (m.groups, -1))
 def _conv_transpose(m): return _conv(m).transpose(1, 2)
 
 _QKV = ('q_proj_weight', 'k_proj_weight', 'v_proj_weight')
-def _unpack(w, name): return w.chunk(3)[_QKV.index(name)][None]
-def _attention(m, name): return effective_weight(m, name)[None] if m.in_proj_weight is None else _unpack(effective_weight(m, 'in_proj_weight'), name)
 
-LAYERS = {nn.Linear: _linear, nn.Embedding: _inputs_first, nn.EmbeddingBag: _inputs_first, 'Conv1D': _inputs_first,
+def _attention(m, name):
+    if m.in_proj_weight is None: return effective_weight(m, name)[None]
+    return effective_weight(m, 'in_proj_weight').chunk(3)[_QKV.index(name)][None]
+
+LAYERS = {nn.Linear: _linear, nn.Embedding: _inputs_first, nn.EmbeddingBag: _inputs_first,
+          'Conv1D': _inputs_first,
           nn.Conv1d: _conv, nn.Conv2d: _conv, nn.Conv3d: _conv,
-          nn.ConvTranspose1d: _conv_transpose, nn.ConvTranspose2d: _conv_transpose, nn.ConvTranspose3d: _conv_transpose,
+          nn.ConvTranspose1d: _conv_transpose, nn.ConvTranspose2d: _conv_transpose,
+          nn.ConvTranspose3d: _conv_transpose,
           nn.MultiheadAttention: {k: partial(_attention, name=k) for k in _QKV}}
 
 # %% ../nbs/00_matrices.ipynb #b4ed071a
-def _is(m, t): return isinstance(m, t) if isinstance(t, type) else type(m).__name__==t and getattr(getattr(m, 'weight', None), 'ndim', 0)==2
+def _is(m, t):
+    if isinstance(t, type): return isinstance(m, t)
+    return type(m).__name__==t and getattr(getattr(m, 'weight', None), 'ndim', 0)==2
 
 def _parts(m):
     "Part of `m` -> the function that gets its weight; {} for a module that is not in `LAYERS`."
@@ -83,18 +97,19 @@ def grouped_weight(
 )->Tensor: # weight, shape (groups, out, in, *kernel)
     "The weight of `m` with its groups apart and outputs before inputs."
     parts = _parts(m)
-    if part not in parts: raise ValueError(f"{type(m).__name__} has no part {part!r}: its parts are {list(parts)}")
+    if part not in parts:
+        raise ValueError(f"{type(m).__name__} has no part {part!r}: its parts are {list(parts)}")
     return parts[part](m)
 
 # %% ../nbs/00_matrices.ipynb #2d21d991
-def _pool(w): return (w.flatten(3).movedim(3, 1).flatten(0, 1) if w.ndim>3 else w) * (0.5**0.5 if w.ndim>3 else 1)
+def _pool(w): return w.flatten(3).movedim(3, 1).flatten(0, 1) * 0.5**0.5 if w.ndim>3 else w
 def _flat(w): return w.flatten(2)
 
 # %% ../nbs/00_matrices.ipynb #40c0bcc8
 def fft_matrices(
     w:Tensor, # weight, shape (groups, out, in, *kernel)
     grid:int=8, # side of the image in pixels, at least that of the kernel
-)->Tensor: # complex, shape (groups*grid**d, out, in) for a kernel of d dimensions; `w` itself without a kernel
+)->Tensor: # complex, shape (groups*grid**d, out, in) for a kernel of d dimensions; `w` itself if d=0
     "The blocks of the circular convolution with `w`."
     if w.ndim==3: return w
     f = torch.fft.fftn(w, [max(grid, k) for k in w.shape[3:]], dim=tuple(range(3, w.ndim)))
@@ -111,7 +126,9 @@ def fixed_aspect(
     aspect:float=1., # longer over shorter side of a window, at least 1
 )->Tensor: # shape (b*windows, k, round(k*aspect))
     "The largest windows of one aspect ratio that fit into `matrices`, evenly spaced and covering them."
-    if not 1<=aspect<float('inf'): raise ValueError(f"aspect={aspect}: it is the longer over the shorter side of a window, so 1 or more")
+    if not 1<=aspect<float('inf'):
+        raise ValueError(f"aspect={aspect}: it is the longer over the shorter side of a window, "
+                         "so 1 or more")
     w = matrices if matrices.shape[-2]<=matrices.shape[-1] else matrices.mT
     M, N = w.shape[-2:]
     k = max(1, int(min(M, N/aspect)))
@@ -125,7 +142,8 @@ def weight_matrices(
     aspect:float=None, # take windows of this aspect ratio, see `fixed_aspect`; None for whole matrices
 )->Tensor: # shape (b, m, n)
     "The matrices that `w` stands for."
-    if not callable(conv) and conv not in CONVS: raise ValueError(f"conv={conv!r} is not known: use one of {', '.join(map(repr, CONVS))}")
+    if not callable(conv) and conv not in CONVS:
+        raise ValueError(f"conv={conv!r} is not known: use one of {', '.join(map(repr, CONVS))}")
     f = conv if callable(conv) else CONVS[conv]
     res = f(w.to(torch.promote_types(w.dtype, torch.float32)))
     return res if aspect is None else fixed_aspect(res, aspect)
@@ -140,7 +158,6 @@ def gram(
     return w @ w.mH if w.shape[-2]<=w.shape[-1] else w.mH @ w
 
 # %% ../nbs/00_matrices.ipynb #90f5ad65
-_controller = lru_cache(None)(ThreadpoolController)
 _NUMPY = {torch.float32: (np.float32, np.complex64), torch.float64: (np.float64, np.complex128)}
 
 def _wide(a): return a if a.shape[-2]<=a.shape[-1] else a.swapaxes(-1, -2)
@@ -156,12 +173,16 @@ def _solve_large(a, dtype, size=2**19):
     a, n = _wide(a), min(a.shape)
     g, step = np.zeros((n, n), dtype, order='F'), max(512, size//n)
     product = get_blas_funcs('herk' if np.iscomplexobj(g) else 'syrk', dtype=dtype)
-    for i in range(0, a.shape[1], step): g = product(1., a[:, i:i+step].astype(dtype, order='F'), beta=1., c=g, lower=True, overwrite_c=True)
+    for i in range(0, a.shape[1], step):
+        part = a[:, i:i+step].astype(dtype, order='F')
+        g = product(1., part, beta=1., c=g, lower=True, overwrite_c=True)
     return eigvalsh(g, lower=True, overwrite_a=True, check_finite=False, driver='ev')
 
 # %% ../nbs/00_matrices.ipynb #52ba867c
 def _evals_gpu(w, dtype):
-    return np.concatenate([torch.linalg.eigvalsh(gram(o, dtype)).flatten().cpu().numpy() for o in w.split(max(1, 2**22//w[0].numel()))])
+    parts = w.split(max(1, 2**22//w[0].numel()))
+    evals = [torch.linalg.eigvalsh(gram(o, dtype)).flatten() for o in parts]
+    return torch.cat(evals).cpu().numpy()
 
 def _calls(w, dtype, small=48):
     "Calls that each give some of the eigenvalues of the matrices `w`."
@@ -170,32 +191,70 @@ def _calls(w, dtype, small=48):
     if min(a.shape[1:])<=small: return [partial(_solve, a, dt)]
     return [partial(_solve_large if o.nbytes>_AHEAD else _solve, o, dt) for o in a]
 
+# %% ../nbs/00_matrices.ipynb #fa3b108b
+_LIMITED = Lock()
+
+@lru_cache(None)
+def _blas(): return ThreadpoolController().select(user_api='blas')
+
+@contextmanager
+def _one_thread():
+    "BLAS on one thread; gives a function that runs a call on `n` threads after all."
+    # threadpoolctl obeys only the thread that set a limit, so that one raises and restores it too
+    if not _LIMITED.acquire(blocking=False):
+        yield lambda n, call: call()
+        return
+    try:
+        with _blas().limit(limits=1): yield _on_threads
+    finally: _LIMITED.release()
+
+def _on_threads(n, call):
+    with _blas().limit(limits=n): return call()
+
 # %% ../nbs/00_matrices.ipynb #d006649d
 _AHEAD = 2**25
 
-def _on_threads(n, call):
-    with _controller().limit(limits=n, user_api='blas'): return call()
+def _done(value):
+    res = Future()
+    res.set_result(value)
+    return res
 
-def _take(queue):
-    key, parts, _ = queue.popleft()
-    return key, torch.from_numpy(np.sort(np.concatenate([o.result() for o in parts]))).clamp_min(0) if parts else None
+class _Queue:
+    "Layers whose eigenvalues are being computed, in order, and the bytes that they hold."
+    def __init__(self): self.layers, self.held = deque(), 0
+    def __len__(self): return len(self.layers)
+
+    def put(self, key, parts, size):
+        self.layers.append((key, parts, size))
+        self.held += size
+
+    def ready(self): return bool(self.layers) and all(o.done() for o in self.layers[0][1])
+
+    def take(self):
+        key, parts, size = self.layers.popleft()
+        self.held -= size
+        if not parts: return key, None
+        evals = np.sort(np.concatenate([o.result() for o in parts]))
+        return key, torch.from_numpy(evals).clamp_min(0)
 
 def _esds(layers, dtype=torch.float64):
     "Key and eigenvalues for each key and matrices (or None, which gives None) of `layers`, in order."
-    n, queue, busy, held = torch.get_num_threads(), deque(), set(), 0
-    with _controller().limit(limits=1, user_api='blas'), ThreadPoolExecutor(n) as ex:
+    n, queue, busy = torch.get_num_threads(), _Queue(), set()
+    with _one_thread() as on_threads, ThreadPoolExecutor(n) as ex:
         for key,w in layers:
             size = 0 if w is None else w.nbytes
-            while queue and held+size>_AHEAD: held -= queue[0][2]; yield _take(queue)
+            # results leave before a layer enters that would make all of them too large together
+            while queue and queue.held+size>_AHEAD: yield queue.take()
             calls = _calls(w, dtype) if size else []
-            if size>_AHEAD and len(calls)==1: calls = [partial(_on_threads, n, calls[0])]
-            queue.append((key, [ex.submit(c) for c in calls], size))
-            held += size
+            if size>_AHEAD and len(calls)==1: parts = [_done(on_threads(n, calls[0]))]
+            else: parts = [ex.submit(c) for c in calls]
+            queue.put(key, parts, size)
             del w, calls                                                 # before the next one is read
-            busy.update(queue[-1][1])
+            # one call waits beside those at work: the layer after it is read while they run
+            busy.update(parts)
             while len(busy)>n: busy = wait(busy, return_when=FIRST_COMPLETED).not_done
-            while queue and all(o.done() for o in queue[0][1]): held -= queue[0][2]; yield _take(queue)
-        while queue: yield _take(queue)
+            while queue.ready(): yield queue.take()
+        while queue: yield queue.take()
 
 # %% ../nbs/00_matrices.ipynb #9000d2a6
 def esd(
@@ -209,82 +268,381 @@ def esd(
 # %% ../nbs/00_matrices.ipynb #0b121ce5
 _QUANTIZED = 'quantized: analyse the model before its quantization'
 
+def _is_quantized(w):
+    if not (w.is_floating_point() or w.is_complex()) or w.itemsize<2: return True
+    return type(w).__module__.startswith('torchao.')
+
 _SKIPS = {'not initialized: run a batch through the model first': is_lazy,
           'on the meta device, so without values: load the weights first': lambda w: w.is_meta,
           'sparse: make it dense first, with to_dense()': lambda w: w.layout!=torch.strided,
-          _QUANTIZED: lambda w: not (w.is_floating_point() or w.is_complex()) or w.itemsize<2 or type(w).__module__.startswith('torchao.'),
+          _QUANTIZED: _is_quantized,
           'empty: it has no entries': lambda w: w.numel()==0}
 
 def _why_not(w):
     "Why the weight `w` has no spectrum, or ''."
     return next((why for why,f in _SKIPS.items() if f(w)), '')
 
+# %% ../nbs/00_matrices.ipynb #5a6d829a
+_SCALE = re.compile(r'(.*[._])?(scales?|scale_inv|q?zeros|zero_points?|absmax|codebooks?)')
+_TABLE = re.compile(r'cos_cached|sin_cached|freqs_cis|relative_coords_table|anchor_grid|fb')
+
+def _real(shape): return [n for n in shape if n!=1]
+
+def _is_integer(w): return not (w.is_floating_point() or w.is_complex())
+def _is_small(w): return w.ndim>1 and _is_quantized(w) and w.dtype not in (torch.int64, torch.bool)
+
+_NO_MATRIX = {
+    'a bias, not a matrix': lambda name, w, near: name=='bias' or name.endswith('_bias'),
+    'a table of constants, not trained': lambda name, w, near: _TABLE.fullmatch(name),
+    'integers, such as an index, a mask or packed numbers': lambda name, w, near: _is_integer(w),
+    'a vector: all but one of its dimensions are 1': lambda name, w, near: len(_real(w.shape))<2,
+    'the scale of quantized weights': lambda name, w, near: _SCALE.fullmatch(name) and any(map(_is_small, near.values()))}
+
+def _no_matrix(name, w, near):
+    "Why the tensor called `name` is no matrix, or ''."
+    if name=='weight':
+        scale = 'bias' in near and near['bias'].shape==w.shape
+        return 'the scale of a norm, one number for each element' if scale else ''
+    return next((why for why,f in _NO_MATRIX.items() if f(name, w, near)), '')
+
+# %% ../nbs/00_matrices.ipynb #34d35497
+_KERNEL, _GATES = 32, {3: 'rzn', 4: 'ifgo'}
+_RECURRENT = re.compile(r'weight_[ih]h(_l\d+(?:_reverse)?)?')
+
+def _gates(name, near):
+    "How many gates the recurrent weight `name` packs; 0 if it is none."
+    m = _RECURRENT.fullmatch(name)
+    state = near.get(f"weight_hh{m[1] or ''}") if m else None
+    if state is None or state.ndim!=2: return 0
+    if f"weight_hr{m[1] or ''}" in near: return 4                         # an LSTM with projections
+    gates, rest = divmod(*state.shape)
+    return gates if gates in _GATES and not rest else 0
+
+def _reshaped(w, shape): return w.reshape(shape)
+def _picked(w, shape, i): return w.reshape(shape)[i][None]
+
+class _Row(NamedTuple):
+    "How a matrix comes out of a tensor `w`: `f(w[start:stop])`, or `why` it does not."
+    f:object=None
+    start:int=None
+    stop:int=None
+    why:str=''
+
+def _shares(n, k): return [(n//k*i, n//k*(i+1)) for i in range(k)]
+
+# %% ../nbs/00_matrices.ipynb #f8692799
+def _one(w): return w[None]
+
+def _stack(key, shape):
+    "One row for each matrix of a stack of the given shape."
+    rows = {}
+    for i in np.ndindex(*shape[:-2]):
+        name = f"{key}[{','.join(map(str, i))}]"
+        rows[name] = _Row(partial(_picked, shape=(1, *shape[1:]), i=(0, *i[1:])), i[0], i[0]+1)
+    return rows
+
+def _rows(prefix, name, w, near):
+    "Row name -> `_Row`, for the tensor called `name` in the module called `prefix`."
+    key, shape = _join(prefix, name), tuple(w.shape)
+    layer = prefix or '(model)' if name=='weight' else key
+    if name=='weight' and (len(shape)==2 or _is_kernel(shape)): return {layer: _Row(_one)}
+    if name=='in_proj_weight' and len(shape)==2 and shape[0]%3==0:
+        return {_join(prefix, k): _Row(_one, *c) for k,c in zip(_QKV, _shares(shape[0], 3))}
+    if (gates := _gates(name, near)) and shape[0]%gates==0:
+        return {f'{key}[{g}]': _Row(_one, *c) for g,c in zip(_GATES[gates], _shares(shape[0], gates))}
+    real = _real(shape)
+    if len(real)<2: return {layer: _Row(_one)}
+    if len(real)==2 or len(real)>3 and max(real[2:])<=_KERNEL:
+        return {layer: _Row(partial(_reshaped, shape=(1, *real)))}
+    if real[0]==shape[0]: return _stack(key, real)
+    return {n: r._replace(f=partial(_picked, shape=real, i=i), start=None, stop=None)
+            for (n,r),i in zip(_stack(key, real).items(), np.ndindex(*real[:-2]))}
+
+def _is_kernel(shape): return shape[1]==1 or max(shape[2:])<=max(_KERNEL, shape[0])
+
+def _join(prefix, name): return f'{prefix}.{name}' if prefix and name else prefix or name
+
+# %% ../nbs/00_matrices.ipynb #b18d0290
+_IN_PIECES = ('stored in pieces (weight norm, spectral norm or a mask): '
+              'build the model and analyse it instead')
+_ENDS = '_g', '_v', '_orig', '_mask', '_u'
+_MATES = {'_v': ['_g'], '_g': ['_v'], '_orig': ['_mask', '_u'], '_mask': ['_orig']}
+_PARAMETRIZED = re.compile(r'(?:(.*)\.)?parametrizations\.([^.]+)\.[^.]+(?:\..*)?')
+
+def _whole_name(prefix, name, near):
+    "Prefix and name of the weight that the tensor called `name` is a piece of, or None."
+    if m := _PARAMETRIZED.fullmatch(_join(prefix, name)): return m[1] or '', m[2]
+    for end,mates in _MATES.items():
+        base = name.removesuffix(end)
+        if base==name or not any(base+o in near for o in mates): continue
+        # of weight norm's two pieces one has a single number for each output
+        if end in '_v_g' and len(_real(near[base+'_g'].shape))>1: continue
+        return prefix, base
+
+# %% ../nbs/00_matrices.ipynb #0bdd2683
+class Peek(NamedTuple):
+    "What is known of a tensor without its numbers."
+    w:Tensor # of the same shape and type
+    why:str='' # why it has no spectrum
+    memory:object=None # equal for tensors that share their numbers, None if unknown
+
+def _peek(w):
+    why = _why_not(w)
+    return Peek(w, why, id(w) if why else (w.data_ptr(), w.shape, w.stride()))
+
+def _layer_name(prefix, name): return prefix or '(model)' if name=='weight' else _join(prefix, name)
+
+def _tensor_rows(prefix, name, peek, near):
+    "Row name -> `_Row` for a tensor, and why it is no matrix."
+    layer = _layer_name(prefix, name)
+    if name in ('qweight', 'weight_packed'): return {prefix or layer: _Row(why=_QUANTIZED)}, ''
+    if is_lazy(peek.w): return {} if name=='bias' else {layer: _Row(why=peek.why)}, ''
+    if peek.w.ndim<2: return {}, ''
+    if why := _no_matrix(name, peek.w, near): return {}, why
+    rows = _rows(prefix, name, peek.w, near)
+    return {n: r._replace(why=peek.why) for n,r in rows.items()}, ''
+
 # %% ../nbs/00_matrices.ipynb #1adc4a7c
-def _sources(m):
-    "The tensors that the weights of `m` are made of."
-    res = [p for n,p in m.named_parameters() if ('.' not in n or n.startswith('parametrizations.')) and (is_lazy(p) or p.ndim>1)]
-    return res or [o for o in (getattr(m, a, None) for a in ('weight', 'qweight')) if isinstance(o, Tensor)]
+def _is_packed(m):
+    if isinstance(getattr(m, 'qweight', None), Tensor): return True
+    return 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))
 
-def _is_packed(m): return isinstance(getattr(m, 'qweight', None), Tensor) or 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))
+def _own(m):
+    "Name -> tensor that `m` itself adds to the state dict."
+    hidden = getattr(m, '_non_persistent_buffers_set', ())
+    buffers = {k: w for k,w in m.named_buffers(recurse=False) if k not in hidden}
+    return dict(m.named_parameters(recurse=False)) | buffers
 
-def _why_no_layer(m, sources): return _QUANTIZED if _is_packed(m) else next(filter(None, map(_why_not, sources)), '')
+def _computed(m):
+    "Names of the tensors that `m` computes from pieces."
+    hooks = getattr(m, '_forward_pre_hooks', {}).values()
+    hooks = [h for h in hooks if isinstance(h, tuple(_HOOKS))]
+    return [*map(_written, hooks), *getattr(m, 'parametrizations', ())]
+
+def _has_dims(w): return is_lazy(w) or w.ndim>1
+
+# %% ../nbs/00_matrices.ipynb #d0d291ba
+_LAYER_WEIGHTS = {'weight', 'qweight', 'in_proj_weight', *_QKV}
+
+def _pieces(names): return {n+end for n in names for end in _ENDS}
+
+def _split(m, own, is_layer):
+    "Names of `own` that the weights of the layer `m` are made of, and names of its other tensors."
+    computed, mine = set(_computed(m)), set()
+    if is_layer:
+        mine = _LAYER_WEIGHTS | _pieces(_LAYER_WEIGHTS & computed)
+        # a class may compute its weight by itself, from whatever it holds
+        if not mine & {*own, *computed} and not isinstance(m, nn.MultiheadAttention): mine = set(own)
+    rest = [n for n in (*own, *computed) if n not in mine | _pieces(computed)]
+    return [n for n in own if n in mine], rest
+
+def _sources(m, own, names):
+    "The tensors that the weights of the layer `m` are made of."
+    pieces = m.parametrizations.parameters() if hasattr(m, 'parametrizations') else ()
+    res = [w for w in (*(own[n] for n in names), *pieces) if _has_dims(w)]
+    kept = [getattr(m, a, None) for a in ('weight', 'qweight')]
+    return res or [w for w in kept if isinstance(w, Tensor)]
 
 # %% ../nbs/00_matrices.ipynb #fecaad34
-def _walk(model):
-    "Name, module and reason to skip it ('' for none) of each layer, shared weights once."
-    seen = {}
-    for name,m in model.named_modules():
-        if not (_parts(m) or _is_packed(m)): continue
-        ws = _sources(m)
-        if seen.setdefault(tuple(map(id, ws)) or id(m), (m, ws))[0] is m: yield name or '(model)', m, _why_no_layer(m, ws)
+_RNNS = nn.RNNBase, nn.RNNCellBase
+
+class _Modules:
+    "What a module holds: its layers, the rows of the table, and what is no matrix."
+    def __init__(self, model):
+        self.layers = {} # layer name -> (module, why it has no spectrum)
+        self.rows = {} # row name -> (module, reader, why it has no spectrum)
+        self.left = {} # name of a tensor that is no matrix -> reason
+        self.seen = {} # the tensors of a weight -> the module that had them first
+        for prefix,m in model.named_modules():
+            if 'parametrizations' not in prefix.split('.'): self.add(prefix, m)
+
+    def add(self, prefix, m):
+        own, is_layer = _own(m), bool(_parts(m)) or _is_packed(m)
+        names, rest = _split(m, own, is_layer)
+        if is_layer: self.add_layer(prefix, m, _sources(m, own, names))
+        near = {n: own[n] if n in own else effective_weight(m, n) for n in rest}
+        near = {n: w for n,w in near.items() if n not in own or self.first((own[n],), m)}
+        for n,w in near.items(): self.add_tensor(prefix, m, n, w, near)
+
+    def first(self, ws, m): return self.seen.setdefault(tuple(map(id, ws)) or id(m), m) is m
+
+    def add_layer(self, prefix, m, ws):
+        if not self.first(ws, m): return
+        why = _QUANTIZED if _is_packed(m) else next(filter(None, map(_why_not, ws)), '')
+        self.layers[prefix or '(model)'] = m, why
+        for p,f in (_parts(m) or {'': None}).items():
+            self.rows[_join(prefix, p) or '(model)'] = m, partial(f, m) if f else None, why
+
+    def add_tensor(self, prefix, m, name, w, near):
+        rows, why = _tensor_rows(prefix, name, _peek(w), near)
+        if why: self.left[_join(prefix, name)] = why
+        for k,r in rows.items():
+            if k in self.rows: k = _join(prefix, name)
+            self.rows[k] = m, partial(_read_own, m, name, r), r.why
+            if isinstance(m, _RNNS): self.layers[prefix or '(model)'] = m, r.why
+
+def _read_own(m, name, row): return row.f(effective_weight(m, name)[row.start:row.stop])
 
 # %% ../nbs/00_matrices.ipynb #b1db24c2
 def weight_layers(
     model:nn.Module, # any PyTorch model
 )->dict: # layer name -> module, in the order of registration
     "The layers of `model` that have a spectrum."
-    return {name: m for name,m,why in _walk(model) if not why}
-
-# %% ../nbs/00_matrices.ipynb #9f52f486
-def _join(name, part): return name if not part else part if name=='(model)' else f'{name}.{part}'
-
-def _module_weights(model):
-    "Matrix name -> (module, function that returns its grouped weight or why there is none)."
-    return {_join(name, p): (m, lambda m=m, f=f, why=why: why or f(m)) for name,m,why in _walk(model) for p,f in (_parts(m) or {'': None}).items()}
+    return {name: m for name,(m,why) in _Modules(model).layers.items() if not why}
 
 # %% ../nbs/00_matrices.ipynb #bfd1c2eb
-_IN_PIECES = 'stored in pieces (weight norm, spectral norm or a mask): build the model and analyse it instead'
+_NUMPY_ARRAY = 'a NumPy array: make it a tensor, with torch.from_numpy'
 
-def _one(w): return w[None]
-def _in_pieces(w): return _IN_PIECES
+def _as_peek(model, key):
+    w = model[key]
+    if isinstance(w, np.ndarray) and w.ndim>1: return Peek(w, _NUMPY_ARRAY)
+    if isinstance(w, tuple) and w and isinstance(w[0], Tensor): return Peek(w[0], _QUANTIZED) # and a bias
+    if not isinstance(w, Tensor): return None
+    if isinstance(model, dict): return _peek(w)
+    why = _why_not(w)
+    # a mapping that reads or computes its tensors shall not have to keep them all
+    return Peek(w if why else torch.empty(w.shape, dtype=w.dtype, device='meta'), why)
 
-_TENSORS = {'weight': {'': _one}, 'in_proj_weight': {k: partial(_unpack, name=k) for k in _QKV}, **{k: {k: _one} for k in _QKV},
-            **{k: {'': _in_pieces} for k in ('weight_v', 'weight_orig', 'parametrizations.weight.original', 'parametrizations.weight.original1')}}
+def _peeks(model):
+    "Name -> `Peek` of each tensor in a mapping."
+    peek = getattr(model, 'peek', partial(_as_peek, model))
+    return {k: p for k in model if (p := peek(k)) is not None}
 
-def _tensor_parts(key):
-    "Matrix name -> the function that gets it from the tensor called `key`."
-    end = next((k for k in _TENSORS if f'.{key}'.endswith(f'.{k}')), None)
-    return {_join(key.removesuffix(end).rstrip('.') or '(model)', p): f for p,f in _TENSORS[end].items()} if end else {}
+def _cut(model, key, start, stop):
+    if hasattr(model, 'cut'): return model.cut(key, start, stop)
+    return model[key][start:stop]
+
+# %% ../nbs/00_matrices.ipynb #565ba6bf
+class _Tensors:
+    "What a mapping from names to tensors holds, as `_Modules` says it."
+    def __init__(self, model):
+        self.model, self.rows, self.left = model, {}, {}
+        peeks, near, seen = _peeks(model), {}, set()
+        places = {k: str(k).rpartition('.')[::2] for k in peeks}
+        for k,(prefix,name) in places.items(): near.setdefault(prefix, {})[name] = peeks[k].w
+        for k,p in peeks.items():
+            if p.memory is not None and p.memory in seen: continue       # shared with an earlier one
+            seen.add(p.memory)
+            self.add(k, *places[k], p, near[places[k][0]])
+
+    def add(self, key, prefix, name, peek, near):
+        rows, why = self.find(prefix, name, peek, near)
+        if why: self.left[str(key)] = why
+        for n,r in rows.items():
+            # the pieces of a weight have one row, two tensors that only share a name have two
+            if n in self.rows and r.why!=_IN_PIECES: n = str(key)
+            self.rows[n] = None, partial(self.read, key, r), r.why
+
+    def find(self, prefix, name, peek, near):
+        layer = _layer_name(prefix, name)
+        if peek.why==_NUMPY_ARRAY: return {layer: _Row(why=peek.why)}, ''
+        if name=='_packed_params': return {prefix.removesuffix('._packed_params'): _Row(why=_QUANTIZED)}, ''
+        if not _has_dims(peek.w): return {}, ''
+        if whole := _whole_name(prefix, name, near): return {_layer_name(*whole): _Row(why=_IN_PIECES)}, ''
+        return _tensor_rows(prefix, name, peek, near)
+
+    def read(self, key, row):
+        w = self.model[key] if row.start is None else _cut(self.model, key, row.start, row.stop)
+        return _why_not(w) or row.f(w.detach())
+
+# %% ../nbs/00_matrices.ipynb #405d1705
+def _short(text, most=80):
+    "`text` on one line, without control characters, cut in the middle."
+    text = str(text)
+    if len(text)>most: text = f'{text[:most//2]}...{text[-(most//2):]}'
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+def _some(names, most=20):
+    "The first of `names`, and how many more there are."
+    rest = len(names)-most
+    return ', '.join(map(_short, names[:most])) + (f' and {rest} more' if rest>0 else '')
 
 # %% ../nbs/00_matrices.ipynb #8a88207a
-def _memory(w): return id(w) if _why_not(w) else (w.data_ptr(), w.shape, w.stride())
+_KEYS = 'state_dict', 'model_state_dict', 'model', 'module'
+_OPTIMIZER = {'param_groups', 'hypers'} # the state of an optimizer has one of these
 
-def _tied(model):
-    "The names of tensors that are the same memory as an earlier one."
-    seen = {}
-    return {k for k,w in model.items() if isinstance(w, Tensor) and seen.setdefault(_memory(w), k)!=k} if isinstance(model, dict) else ()
+def _any(w): return True
+
+def _inner(o, has, path=(), seen=None):
+    "Path of keys -> mapping, for each mapping within `o` with a tensor of which `has` is true."
+    seen = set() if seen is None else seen
+    # files from outside may nest without end, or in circles
+    if not isinstance(o, dict) or id(o) in seen or len(path)>4: return {}
+    if any(k in o for k in _OPTIMIZER): return {}
+    seen.add(id(o))
+    found = {path: o} if any(isinstance(v, Tensor) and has(v) for v in o.values()) else {}
+    for k,v in o.items():
+        if isinstance(k, str): found |= _inner(v, has, (*path, k), seen)
+    return found
+
+def named_tensors(
+    o, # what `torch.load` gives: a state dict, or a dictionary with one in it, at any depth
+    key:str=None, # which one, where there are several: its keys, joined by dots
+)->Mapping: # from names to tensors
+    "The state dict within `o`."
+    found = _inner(o, _has_dims) or _inner(o, _any)
+    # a tensor or two beside the state dict do not make a state dict of what is around it
+    if any(len(m)>len(o) for m in found.values()): found.pop((), None)
+    names = {'.'.join(p): m for p,m in found.items()}
+    if key in names: return names[key]
+    if not found: raise ValueError(f"there are no tensors in this {type(o).__name__}")
+    usual = [p for p in found if set(p)<=set(_KEYS)]
+    usual.sort(key=lambda p: [_KEYS.index(k) for k in p])
+    if key is None and (usual or len(found)==1): return found[(usual or [*found])[0]]
+    have = _some([f"{k!r} ({len(m)} entries)" for k,m in names.items()], 10)
+    what = 'several mappings have tensors' if key is None else f'no tensors under key={_short(key)!r}'
+    raise ValueError(f"{what}: name one with key=, of {have}")
+
+# %% ../nbs/00_matrices.ipynb #8d40e7af
+_WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+
+def _plain_keys(names):
+    "Plain name -> name."
+    plain = {k: _WRAPPERS.sub('', k) for k in names}
+    own = [k for k in names if k!='n_averaged']                          # of the wrapper
+    while own and all(plain[k].startswith('module.') for k in own):
+        plain = {k: p.removeprefix('module.') for k,p in plain.items()}
+    res = {p: k for k,p in plain.items()}
+    return res if len(res)==len(plain) else {k: k for k in names}
+
+class _Renamed(Mapping):
+    "The mapping `of` under other names."
+    def __init__(self, of, names): self.of, self.names = of, names # names: new -> old
+    def __getitem__(self, k): return self.of[self.names[k]]
+    def __iter__(self): return iter(self.names)
+    def __len__(self): return len(self.names)
+    def __repr__(self): return repr(self.of)
+    def peek(self, k): return getattr(self.of, 'peek', partial(_as_peek, self.of))(self.names[k])
+    def cut(self, k, start, stop): return _cut(self.of, self.names[k], start, stop)
+
+def plain_names(
+    weights:Mapping, # tensors by name
+)->Mapping: # the same tensors; `weights` itself where there is nothing to take off
+    "The tensors under the names that they have in the network alone."
+    names = _plain_keys([k for k in weights if isinstance(k, str)])
+    if all(n==k for n,k in names.items()): return weights
+    if not isinstance(weights, dict): return _Renamed(weights, names)
+    return {n: weights[k] for n,k in names.items()}
 
 # %% ../nbs/00_matrices.ipynb #0a353383
-def _load(model, key, f):
-    w = model[key]
-    return (_why_not(w) or f(w)) if isinstance(w, Tensor) and w.ndim>1 else ''
+_INSTEAD = {
+    str: 'load_weights({0!r}) reads a file',
+    Tensor: "dict(weight=...) names a single tensor",
+    np.ndarray: "dict(weight=torch.from_numpy(...)) names a single array",
+    torch.export.ExportedProgram: 'its state_dict has the weights'}
 
-def _tensor_weights(model):
-    "Like `_module_weights`, for a mapping from names to tensors; '' where the tensor is no matrix."
-    tied = _tied(model)
-    return {name: (None, partial(_load, model, k, f)) for k in model if k not in tied for name,f in _tensor_parts(k).items()}
+def _survey(model):
+    if isinstance(model, nn.Module): return _Modules(model)
+    if not isinstance(model, Mapping):
+        how = [t for c,t in _INSTEAD.items() if isinstance(model, c)] or ['a Learner has it as learn.model']
+        raise TypeError(f"a module or a mapping from names to tensors is needed, not {type(model).__name__}: "
+                        + how[0].format(_short(model)))
+    if _inner(model, _any): model = named_tensors(model)
+    return _Tensors(model)
 
-def _weights(model): return (_tensor_weights if isinstance(model, Mapping) else _module_weights)(model)
+def _weights(model):
+    "Row name -> (module or None, reader of its grouped weight, why there is none or '')."
+    return _survey(model).rows
 
 # %% ../nbs/00_matrices.ipynb #84501614
 def select_layers(
@@ -294,27 +652,36 @@ def select_layers(
     "The `names` that are asked for in `layers`."
     if layers is None: return list(names)
     layers = [layers] if isinstance(layers, str) else list(layers)
-    lost = [p for p in layers if not any(fnmatchcase(n, p) for n in names)]
-    if lost: raise ValueError(f"layers {lost} match nothing: the layers are {', '.join(names)}")
-    return [n for n in names if any(fnmatchcase(n, p) for p in layers)]
+    def fits(name, p): return name==p or fnmatchcase(name, p)
+    lost = [p for p in layers if not any(fits(n, p) for n in names)]
+    if lost:
+        raise ValueError(f"layers [{_some([*map(repr, lost)])}] match nothing: "
+                         f"the layers are {_some(list(names))}")
+    return [n for n in names if any(fits(n, p) for p in layers)]
 
 # %% ../nbs/00_matrices.ipynb #dcfff00a
 def _layers(model, layers=None):
-    "Name, module and grouped weight of each layer; a text that says why where there is none."
+    "Name, module and grouped weight of each row; a text that says why where there is none."
     ws = _weights(model)
-    for k in select_layers(list(ws), layers): yield k, ws[k][0], ws[k][1]()
+    for k in select_layers(list(ws), layers):
+        m, read, why = ws[k]
+        yield k, m, why or read()
 
 # %% ../nbs/00_matrices.ipynb #0720c58c
 def skipped_layers(
     model, # an `nn.Module`, or a mapping from names to tensors
-)->dict: # layer name -> reason
-    "The layers of `model` that cannot be analysed, and why."
-    return {k: w for k,_,w in _layers(model) if isinstance(w, str) and w}
+)->dict: # name of a layer, or of a tensor of two or more dimensions -> reason
+    "The layers and tensors of `model` that are not analysed, and why."
+    found = _survey(model)
+    return {k: why for k,(_,_,why) in found.rows.items() if why} | found.left
 
 # %% ../nbs/00_matrices.ipynb #52d0a1a8
 def _no_layer(model, skipped):
     known = ', '.join(t if isinstance(t, str) else t.__name__ for t in LAYERS)
-    return ValueError(f"{type(model).__name__} has no layer to analyse: " + ('; '.join(f'{k} is {v}' for k,v in skipped.items()) or f'looked for {known}'))
+    why = '; '.join(f'{_short(k)} is {_short(v, 200)}' for k,v in [*skipped.items()][:5])
+    more = f' and {len(skipped)-5} more' if len(skipped)>5 else ''
+    why = why + more or f'looked for {known}'
+    return ValueError(f"{type(model).__name__} has no layer to analyse: {why}")
 
 def layer_matrices(
     model, # an `nn.Module`, or a mapping from names to tensors
@@ -325,7 +692,9 @@ def layer_matrices(
     "The layers of `model` one by one, each with its matrices."
     skipped, found = {}, False
     for k,m,w in _layers(model, layers):
-        if isinstance(w, Tensor): found = True; yield k, m, weight_matrices(w, conv, aspect)
-        elif w: skipped[k] = w
+        if isinstance(w, Tensor):
+            found = True
+            yield k, m, weight_matrices(w, conv, aspect)
+        else: skipped[k] = w
         del w                                                            # before the next one is read
     if not found: raise _no_layer(model, skipped)
