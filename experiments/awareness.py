@@ -4,7 +4,7 @@ Reads the networks that prune_densenet40.py has trained (and trains those it doe
 """
 import pandas as pd
 from torch import set_num_threads
-from spectral_nb.experiment import run_dls, trained_network
+from spectral_nb.experiment import append_rows, run_dls, trained_network
 from spectral_nb.explain import layer_sensitivity
 from spectral_nb.prune import prune
 from options import overrides, parser, sparse_option
@@ -35,7 +35,8 @@ def main():
     done = set() if not csv.exists() else set(pd.read_csv(csv)[['arch', 'seed', 'l1']].itertuples(index=False, name=None))
     todo = [(a, s, L1[a] if args.sparse else 0.) for s in range(args.seeds) for a in args.archs]
     for arch,seed,l1 in (o for o in todo if o not in done):
-        layers(arch, seed, l1, data=args.data, **overrides(args)).round(5).to_csv(csv, mode='a', header=not csv.exists(), index=False)
+        rows = layers(arch, seed, l1, data=args.data, **overrides(args)).round(5)
+        append_rows(csv, rows.to_dict('records'))         # all layers of a network or none: a part would pass for done
         print(f'{arch} {seed} {l1}', flush=True)
 
 if __name__=='__main__': main()

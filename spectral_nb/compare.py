@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['mean_interval', 'arm_table', 'paired_differences', 'whole_pairs', 'half_width', 'seeds_needed', 'paired_power',
-           'detectable', 'holm', 'paired_table', 'plot_paired']
+           'detectable', 'holm', 'paired_table', 'plot_paired', 'chance_to_beat', 'panel_columns', 'Comparison',
+           'compare_runs', 'comparison_text', 'comparison_markdown', 'comparison_report']
 
 # %% ../nbs/51_compare.ipynb #96c16b14
+from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
+from fastcore.xml import H2
 from scipy import stats
 from scipy.optimize import brentq
 from .plots import _axes
+from .report import html_report
 
 # %% ../nbs/51_compare.ipynb #931dd0b4
 def mean_interval(
@@ -19,9 +23,11 @@ def mean_interval(
 )->dict: # `n`, `mean`, `sd` of the results, `lo` and `hi` of the interval; NaN where n is too small
     "Mean with its t-interval."
     x = np.asarray(x, dtype=float)
-    if len(x)<2: return dict(n=len(x), mean=x.mean() if len(x) else np.nan, sd=np.nan, lo=np.nan, hi=np.nan)
-    lo, hi = stats.t.interval(level, len(x)-1, x.mean(), stats.sem(x)) if x.std()>0 else [x.mean()]*2
-    return dict(n=len(x)) | {k: float(v) for k,v in dict(mean=x.mean(), sd=x.std(ddof=1), lo=lo, hi=hi).items()}
+    mean = x.mean() if len(x) else np.nan
+    if len(x)<2: return dict(n=len(x), mean=mean, sd=np.nan, lo=np.nan, hi=np.nan)
+    lo, hi = stats.t.interval(level, len(x)-1, mean, stats.sem(x)) if x.std()>0 else (mean, mean)
+    found = dict(mean=mean, sd=x.std(ddof=1), lo=lo, hi=hi)
+    return dict(n=len(x)) | {k: float(v) for k,v in found.items()}
 
 # %% ../nbs/51_compare.ipynb #40b74e3a
 def arm_table(
@@ -42,13 +48,16 @@ def paired_differences(
     pair:str='seed', # column of what two runs share
 )->pd.DataFrame: # one row per value of `pair`, one column per other arm
     "What each arm adds to `base`, pair by pair."
-    if base not in set(df[by]): raise ValueError(f"no run has {by}={base!r}: there are {', '.join(map(str, df[by].unique()))}")
+    if base not in set(df[by]):
+        raise ValueError(f"no run has {by}={base!r}: there are {', '.join(map(str, df[by].unique()))}")
     if (twice := df[df.duplicated([by, pair])]).size:
-        raise ValueError(f"{by}={twice[by].iloc[0]!r} has {pair}={twice[pair].iloc[0]} twice: compare runs that differ in {by} and {pair} alone")
+        raise ValueError(f"{by}={twice[by].iloc[0]!r} has {pair}={twice[pair].iloc[0]} twice: "
+                         f"compare runs that differ in {by} and {pair} alone")
     wide = df.pivot(index=pair, columns=by, values=value)[[*df[by].unique()]]
     if wide.isna().any(axis=None):
         s, arm = wide.isna().stack().pipe(lambda o: o[o].index[0])
-        raise ValueError(f"{by}={arm!r} has no {value} for {pair}={s}: run it, or leave this {pair} out of the table")
+        raise ValueError(f"{by}={arm!r} has no {value} for {pair}={s}: "
+                         f"run it, or leave this {pair} out of the table")
     return wide.drop(columns=base).sub(wide[base], axis=0)
 
 # %% ../nbs/51_compare.ipynb #dfe146e0
@@ -97,7 +106,8 @@ def detectable(
 )->float: # unit of `sd`
     "The smallest true difference that `n` pairs show with that power."
     if n<2: return np.nan
-    return sd*brentq(lambda e: paired_power(e, n, level)-power, 0, 1.2*half_width(1, n, level)+6/np.sqrt(n))
+    far = 1.2*half_width(1, n, level) + 6/np.sqrt(n)     # where the power is practically 1
+    return sd*brentq(lambda e: paired_power(e, n, level)-power, 0, far)
 
 # %% ../nbs/51_compare.ipynb #d44c84c4
 def holm(
@@ -112,14 +122,17 @@ def holm(
 # %% ../nbs/51_compare.ipynb #80ebab32
 def _signs_p(d):
     "p of the mean of `d` under random signs, exact for a few pairs."
-    return stats.permutation_test((d,), lambda x, axis: np.mean(x, axis), permutation_type='samples', vectorized=True, n_resamples=9999, rng=0).pvalue
+    test = stats.permutation_test((d,), lambda x, axis: np.mean(x, axis), permutation_type='samples',
+                                  vectorized=True, n_resamples=9999, rng=0)
+    return test.pvalue
 
 def _compare(d, level):
     "All that is said about the paired differences `d`."
     o, nan = mean_interval(d, level), np.nan
     res = dict(n=o['n'], diff=o['mean'], lo=o['lo'], hi=o['hi'], sd=o['sd'])
     if len(d)<2 or np.ptp(d)==0: return res | dict(p=nan, p_wilcoxon=nan, p_signs=nan, detectable=nan)
-    return res | dict(p=stats.ttest_1samp(d, 0).pvalue, p_wilcoxon=stats.wilcoxon(d).pvalue, p_signs=_signs_p(d), detectable=detectable(o['sd'], len(d), level=level))
+    return res | dict(p=stats.ttest_1samp(d, 0).pvalue, p_wilcoxon=stats.wilcoxon(d).pvalue,
+                      p_signs=_signs_p(d), detectable=detectable(o['sd'], len(d), level=level))
 
 # %% ../nbs/51_compare.ipynb #466b7427
 def paired_table(
@@ -154,11 +167,145 @@ def plot_paired(
     ax=None, # where to draw, None for a new figure
 ): # the axes
     "The difference of every pair as a dot, and the mean of each arm with its interval."
-    diffs, table = paired_differences(df, value, base, by, pair)*scale, paired_table(df, value, base, by, pair, level)
+    diffs = paired_differences(df, value, base, by, pair)*scale
+    table = paired_table(df, value, base, by, pair, level)
     ax, y = _axes(ax, (6, 1+.5*len(table))), np.arange(len(table))
-    for i,k in zip(y, diffs): ax.plot(diffs[k], np.full(len(diffs), i+.18), 'o', ms=3.5, alpha=.45, color='gray', mec='none')
+    for i,k in zip(y, diffs):
+        ax.plot(diffs[k], np.full(len(diffs), i+.18), 'o', ms=3.5, alpha=.45, color='gray', mec='none')
     mid, err = table['diff']*scale, np.stack([table['diff']-table.lo, table.hi-table['diff']])*scale
     ax.errorbar(mid, y-.1, xerr=np.nan_to_num(err), fmt='D', ms=5, capsize=4, lw=2, color='C0')
     ax.axvline(0, color='black', lw=.8)
-    ax.set(yticks=y, yticklabels=table[by], ylim=(len(table)-.5, -.5), xlabel=f"{value.replace('_', ' ')} above {base}{' (points)' if scale==100 else ''}")
+    unit = ' (points)' if scale==100 else ''
+    ax.set(yticks=y, yticklabels=table[by], ylim=(len(table)-.5, -.5),
+           xlabel=f"{value.replace('_', ' ')} above {base}{unit}")
     return ax
+
+# %% ../nbs/51_compare.ipynb #0ca8374f
+def chance_to_beat(
+    d, # differences of the pairs, A minus B, shape (n,)
+    smaller:bool=False, # is a smaller result better, as of a loss?
+)->dict: # `wins`, the share of pairs that A won, and `beats`, the probability that it wins the next one
+    "How often A beats B, in what was seen and in what is to come."
+    d = np.asarray(d, dtype=float)*(-1 if smaller else 1)
+    if not len(d): return dict(wins=np.nan, beats=np.nan)
+    wins = ((d>0)+.5*(d==0)).mean()
+    if len(d)<2 or d.std()==0: return dict(wins=float(wins), beats=np.nan)
+    t = d.mean()/(d.std(ddof=1)*np.sqrt(1+1/len(d)))
+    return dict(wins=float(wins), beats=float(stats.t.cdf(t, len(d)-1)))
+
+# %% ../nbs/51_compare.ipynb #da25f614
+def panel_columns(
+    df:pd.DataFrame, # one row per run
+    value:str='mean_accuracy', # column of the result
+    by:str='arm', # column of the choice
+    pair:str='seed', # column of what two runs share
+)->list: # names of columns
+    "The columns that tell the experiments in a table apart."
+    res = []
+    for c in df.columns.drop([value, by, pair]):
+        arms = df.groupby(c, dropna=False)[by].transform('nunique')
+        kinds = df[c].nunique(dropna=False)
+        # a result that two arms share by chance is rare; so is a rate that fits two arms of all networks
+        chosen = (arms>=max(2, df[by].nunique()/2)).mean()>.9 and kinds*df[by].nunique()<=len(df)
+        told = not res or (df.groupby(res, dropna=False)[c].nunique(dropna=False)>1).any()
+        if kinds>1 and chosen and told and (df.duplicated([*res, by, pair]).any() or df[c].dtype.kind not in 'iuf'):
+            res.append(c)
+    return res
+
+class Comparison(NamedTuple):
+    "One panel: arms of one experiment."
+    title:str # what is the same for all its runs
+    runs:pd.DataFrame # its runs, those of whole pairs
+    arms:pd.DataFrame # from `arm_table`
+    paired:pd.DataFrame # from `paired_table`, with `wins` and `beats`
+    about:str # what the tables say, in words
+    names:dict # `value`, `base`, `by` and `pair`
+
+# %% ../nbs/51_compare.ipynb #b38e63fa
+def _about(paired, left_out, value, base, by, pair, level):
+    "What a reader has to know of the table."
+    n = len(paired)
+    res = (f"Differences are {by} minus {base}, paired by {pair}, with {level:.0%} t-intervals; "
+           f"p is that of the two-sided paired t-test, p_holm after Holm's correction for {n} "
+           f"comparison{'s' if n!=1 else ''}. detectable is the true difference that so many pairs "
+           f"show with a power of 80 %. wins is the share of pairs with the better {value}, beats "
+           "the probability that the next pair is one (Student's distribution).")
+    return res + (f" Left out: {left_out} runs of pairs that are not whole." if left_out else '')
+
+def compare_runs(
+    df:pd.DataFrame, # one row per run
+    value:str='mean_accuracy', # column of the result
+    base='uniform', # the arm to subtract from the others
+    by:str='arm', # column of the choice
+    pair:str='seed', # column of what two runs share
+    panels=None, # columns that tell experiments apart, None for `panel_columns`
+    smaller:bool=False, # is a smaller result better, as of a loss?
+    level:float=.95, # of the intervals
+)->list: # `Comparison` of each experiment that has `base` and another arm
+    "All that a table of runs says about its arms."
+    for c in (value, by, pair, *(panels or ())):
+        if c not in df: raise ValueError(f"the table has no column {c!r}: it has {', '.join(map(str, df.columns))}")
+    if df[value].dtype.kind not in 'iufb':
+        raise ValueError(f"column {value!r} holds {df[value].iloc[0]!r}, not numbers: choose another with --value")
+    if base not in set(df[by]):
+        raise ValueError(f"no run has {by}={base!r}: there are {', '.join(map(str, df[by].unique()))}")
+    cols = panel_columns(df, value, by, pair) if panels is None else list(panels)
+    groups = df.groupby(cols, sort=False, dropna=False) if cols else [((), df)]
+    res = []
+    for key,rows in groups:
+        if base not in set(rows[by]) or rows[by].nunique()<2: continue
+        whole = whole_pairs(rows, by, pair)
+        if not len(whole): continue
+        title = ', '.join(f'{c} {v}' for c,v in zip(cols, key))
+        paired = paired_table(whole, value, base, by, pair, level)
+        diffs = paired_differences(whole, value, base, by, pair)
+        odds = pd.DataFrame([chance_to_beat(diffs[k], smaller) for k in diffs])
+        about = _about(paired, len(rows)-len(whole), value, base, by, pair, level)
+        names = dict(value=value, base=base, by=by, pair=pair)
+        paired = pd.concat([paired, odds], axis=1)
+        res.append(Comparison(title, whole, arm_table(whole, value, by, level), paired, about, names))
+    if not res: raise ValueError(f"{base!r} shares no {pair} with all other arms of its panel: nothing can be compared")
+    return res
+
+# %% ../nbs/51_compare.ipynb #cb3bf13b
+_ARMS, _PAIRED = ['n', 'mean', 'lo', 'hi', 'sd'], ['n', 'diff', 'lo', 'hi', 'p', 'p_holm', 'detectable', 'wins', 'beats']
+
+def _number(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
+
+def _words(df): return df.map(lambda v: '' if isinstance(v, float) and np.isnan(v) else _number(v))
+
+def _tables(c):
+    by = c.names['by']
+    return c.arms[[by, *_ARMS]], c.paired[[by, *_PAIRED]]
+
+def _heading(c): return f"{c.names['value']}" + (f': {c.title}' if c.title else '')
+
+def comparison_text(
+    c:Comparison, # from `compare_runs`
+)->str: # lines for a terminal
+    "The comparison in words and columns."
+    arms, paired = (_words(t).to_string(index=False) for t in _tables(c))
+    return f'{_heading(c)}\n\n{arms}\n\n{paired}\n\n{c.about}\n'
+
+def _markdown_table(df):
+    rows = [df.columns, ['---']*len(df.columns), *_words(df).to_numpy()]
+    safe = [[str(v).replace('|', '\\|').replace('\n', ' ') for v in row] for row in rows]
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in safe)
+
+def comparison_markdown(
+    c:Comparison, # from `compare_runs`
+)->str: # Markdown
+    "The comparison as a section of a page."
+    arms, paired = map(_markdown_table, _tables(c))
+    return f'## {_heading(c)}\n\n{arms}\n\n{paired}\n\n{c.about}\n'
+
+def comparison_report(
+    cs, # from `compare_runs`
+    title:str='Arms compared', # of the page
+    level:float=.95, # of the intervals in the pictures
+)->str: # a whole HTML document
+    "The comparisons with a picture of each."
+    parts = []
+    for c in cs:
+        parts += [H2(_heading(c)), *_tables(c), c.about, plot_paired(c.runs, **c.names, level=level)]
+    return html_report(title, *parts)

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 from spectral_nb.compare import detectable, half_width, holm, mean_interval, paired_power, paired_table, seeds_needed
-from spectral_nb.experiment import LR_ARMS, run_all, run_lr, run_name, single_thread
+from spectral_nb.experiment import LR_ARMS, STATE, epochs_kept, run_all, run_lr, run_name, single_thread
 
 root = Path(__file__).parent.parent
 
@@ -48,15 +48,14 @@ def test_killed_run(tmp_path, arm):
     config = dict(arm=arm, **SMALL)
     res = subprocess.run([sys.executable, '-c', KILLED, arm, repr(SMALL), str(tmp_path)], cwd=root, capture_output=True, text=True)
     assert res.returncode==9, res.stderr
-    assert (tmp_path/'res'/run_name(config)/'state.pt').exists() and not (tmp_path/'res.csv').exists()
+    assert (tmp_path/'res'/run_name(config)/STATE).exists() and not (tmp_path/'res.csv').exists()
     epochs = []
     def resumed(folder, **kwargs):
-        import torch
-        epochs.append(torch.load(folder/'state.pt', weights_only=False)['epoch'])
+        epochs.append(epochs_kept(folder/STATE))
         return run_lr(folder=folder, **kwargs)
     row = run_all([config], resumed, tmp_path/'res.csv', 0, tmp_path, progress=False).iloc[0]
     with single_thread(): whole = run_lr(**config)
-    assert epochs==[1] and {k: row[k] for k in whole}=={k: float(f'{v:.6g}') for k,v in whole.items()}
+    assert epochs==[2] and {k: row[k] for k in whole}=={k: float(f'{v:.6g}') for k,v in whole.items()}
 
 def test_arms_differ():
     "Every arm is a training of its own, from the same start."
