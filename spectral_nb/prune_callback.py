@@ -8,24 +8,26 @@ __all__ = ['L1', 'SCHEDULES', 'scale_layers', 'layer_penalties', 'GammaL1', 'reb
 # %% ../nbs/32_prune_callback.ipynb #d6e7d87b
 import json, warnings
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
-from fastai.optimizer import Optimizer
+from fastai.optimizer import Lookahead, Optimizer
 from fastai.torch_core import get_model, no_random, num_distrib
-from safetensors import safe_open
 from safetensors.torch import save_file
 from .matrices import weight_layers
 from .models import VGG, DenseNet
-from .prune import SLICES, load_slim, prune, save_slim, _arch, _read_slim, _unit_scores
+from .prune import SLICES, prune, _arch, _unit_scores
 from .ratios import RATIOS
+from .slim import load_slim, save_slim, _opened, _read_meta, _whole
 from .surgery import cut_tensor
 
 # %% ../nbs/32_prune_callback.ipynb #3e08ca80
@@ -85,12 +87,28 @@ class GammaL1(Callback):
             if p.grad is not None: p.grad.add_(p.detach().sign(), alpha=self.penalties[layer])
 
 # %% ../nbs/32_prune_callback.ipynb #3efea2a6
+def _cut_like(v, p, axes):
+    "The part of `v` that belongs to what stays of `p`; None if its shape does not tell."
+    if not isinstance(v, Tensor) or v.numel()<=1 and p.numel()>1: return v
+    if v.ndim!=p.ndim or any(a not in (1, b) for a,b in zip(v.shape, p.shape)): return None
+    return cut_tensor(v, [a if n==m else None for a,n,m in zip(axes, v.shape, p.shape)]).clone()
+
 def _cut_state(state, p, axes):
-    "The entries of `state`, those of the shape of `p` cut like it."
-    return {k: cut_tensor(v, axes).clone() if isinstance(v, Tensor) and v.shape==p.shape else v for k,v in state.items()}
+    "The entries of `state`, cut like `p`; none of its memory if one of them cannot be cut."
+    cut = {k: _cut_like(v, p, axes) for k,v in state.items()}
+    lost = [k for k,v in cut.items() if v is None and state[k] is not None]
+    if not lost: return cut
+    warnings.warn(f"the optimizer's memory of a parameter starts anew: its {lost[0]} cannot be cut")
+    return {k: v for k,v in cut.items() if k in Optimizer._keep_on_clear}
+
+def _inner_optimizers(opt):
+    "`opt` and the optimizers that it wraps, such as those in Lookahead and OptimWrapper."
+    while opt is not None:
+        yield opt
+        opt = vars(opt).get('opt')
 
 def rebind_optimizer(
-    opt, # optimizer of `model`, fastai's or wrapped by `OptimWrapper`; changed in place
+    opt, # optimizer of `model`, fastai's or wrapped by `OptimWrapper` or `Lookahead`; changed in place
     model:nn.Module, # network before the cut
     slim:nn.Module, # network after it
     axes:dict, # tensor name -> indices that stay in each dimension, as in `PruneReport`
@@ -98,8 +116,14 @@ def rebind_optimizer(
     "Let `opt` go on with the parameters of `slim`, in the same groups and with its memory of what stays."
     names, new = {p: k for k,p in model.named_parameters()}, dict(slim.named_parameters())
     swap = lambda p: new[names[p]] if p in names else p
-    for o in filter(None, (opt, getattr(opt, 'opt', None))):
-        o.state = defaultdict(dict, {swap(p): _cut_state(s, p, axes[names[p]]) if p in names else s for p,s in o.state.items()})
+    for o in _inner_optimizers(opt):
+        if slow := vars(o).get('slow_weights'):
+            pairs = [list(zip(s, ps)) for s,ps in zip(slow, opt.param_lists)]
+            cut = lambda s, p: cut_tensor(s, axes[names[p]]).clone() if p in names else s
+            o.slow_weights = type(slow)(type(slow)(cut(s, p) for s,p in g) for g in pairs)
+        if 'state' not in vars(o): continue
+        cut_one = lambda p, s: _cut_state(s, p, axes[names[p]]) if p in names else s
+        o.state = defaultdict(dict, {swap(p): cut_one(p, s) for p,s in o.state.items()})
     opt.param_lists = type(opt.param_lists)([type(ps)(map(swap, ps)) for ps in opt.param_lists])
 
 # %% ../nbs/32_prune_callback.ipynb #658c0872
@@ -118,8 +142,16 @@ def cut_epochs(
 # %% ../nbs/32_prune_callback.ipynb #fb090be0
 def _example(dls):
     "One item of the data, without touching any random state."
-    with no_random(): xb = (dls.valid if len(dls.valid) else dls.train).one_batch()[0]
-    return xb[:1].as_subclass(Tensor)
+    with no_random(): batch = (dls.valid if len(dls.valid) else dls.train).one_batch()
+    xs = tuple(x[:1].as_subclass(Tensor) for x in batch[:getattr(dls, 'n_inp', 1)])
+    return xs if len(xs)>1 else xs[0]
+
+def _reset_trackers(cbs):
+    "What was best before a cut belongs to another network: compare anew, and save what can be loaded."
+    for cb in cbs:
+        if not isinstance(cb, TrackerCallback) or getattr(cb, 'best', None) is None: continue
+        cb.best = float('inf') if cb.comp is np.less else -float('inf')
+        if isinstance(cb, SaveModelCallback) and not cb.every_epoch: cb._save(cb.fname)
 
 def _refuse_distributed(model):
     if num_distrib()>1 or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -166,6 +198,7 @@ class SpectralPrune(Callback):
         r = self.report = self._prune(step)
         rebind_optimizer(self.opt, self.model, r.model, r.axes)
         self.learn.model = r.model
+        _reset_trackers(self.learn.cbs)
         self.counts,self.done = (self.counts[0] if self.counts else r.channels[0], r.channels[1]),step
         self.rows.append(dict(epoch=self.epoch, step=step, channels=r.channels[1], params=r.params[1], flops=r.flops[1]))
 
@@ -186,24 +219,36 @@ def save_pruned(self:Learner,
     "Write the network, its optimizer and the state of `SpectralPrune`."
     if not isinstance(self.opt, Optimizer): raise ValueError(f"save_pruned writes fastai's own optimizers, not {type(self.opt).__name__}: use save_slim for the network alone")
     sd, cb = self.opt.state_dict(), _pruner(self)
+    slow = [s for g in sd.get('slow_weights') or [] for s in g]
     tensors = {f'{i}.{k}': v.contiguous() for i,s in enumerate(sd['state']) for k,v in s.items() if isinstance(v, Tensor)}
     other = [{k: v for k,v in s.items() if not isinstance(v, Tensor)} for s in sd['state']]
+    tensors |= {f'slow.{i}': s.contiguous() for i,s in enumerate(slow)}
+    hypers, frozen = list(sd['hypers']), self.opt.frozen_idx
+    meta = dict(state=other, hypers=hypers, frozen=frozen, count=sd.get('count'))
+    meta = {k: json.dumps(v) for k,v in meta.items()}        # what cannot be written is said before any file is
     path = save_slim(get_model(self.model), path, prune=dict(done=cb.done, counts=cb.counts, rows=cb.rows) if cb else None)
-    save_file(tensors, _opt_file(path), dict(state=json.dumps(other), hypers=json.dumps(list(sd['hypers'])), frozen=json.dumps(self.opt.frozen_idx)))
+    with _whole(_opt_file(path)) as tmp: save_file(tensors, tmp, meta)
     return path
 
 # %% ../nbs/32_prune_callback.ipynb #7e3a769b
 def _load_opt(opt, path):
     "Set the memory of `opt` from the file."
-    with safe_open(path, 'pt') as f: meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    with _opened(path) as f: meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
     state, ps = json.loads(meta['state']), [p for p,*_ in opt.all_params()]
     if len(state)!=len(ps): raise ValueError(f"{path} holds the memory of {len(state)} parameters, the optimizer has {len(ps)}: use the same splitter")
+    slow = [tensors.pop(f'slow.{i}') for i in range(sum(k.startswith('slow.') for k in tensors))]
     for k,t in tensors.items():
         i, name = k.split('.', 1)
-        if t.shape!=ps[int(i)].shape: raise ValueError(f"{path}: {name} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(ps[int(i)].shape)}: use the same splitter")
+        if t.ndim and t.shape!=ps[int(i)].shape: raise ValueError(f"{path}: {name} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(ps[int(i)].shape)}: use the same splitter")
         state[int(i)][name] = t.to(ps[int(i)].device).clone(memory_format=torch.preserve_format)
-    opt.load_state_dict(dict(state=state, hypers=json.loads(meta['hypers'])))
-    opt.state = defaultdict(dict, opt.state)
+    sd = dict(state=state, hypers=json.loads(meta['hypers']))
+    if isinstance(opt, Lookahead):
+        sizes, slow = [len(g) for g in opt.param_lists], iter(t.to(p.device) for t,p in zip(slow, ps))
+        groups = [list(islice(slow, n)) for n in sizes]
+        sd |= dict(count=json.loads(meta.get('count', '0')) or 0, slow_weights=groups if any(groups) else None)
+    opt.load_state_dict(sd)
+    for o in _inner_optimizers(opt):
+        if 'state' in vars(o): o.state = defaultdict(dict, o.state)
     opt.freeze_to(json.loads(meta['frozen']))
 
 @patch
@@ -211,7 +256,7 @@ def load_pruned(self:Learner,
     path, # file written by `save_pruned`
 )->Learner: # itself
     "Go on where the saved run was: its slim network, its optimizer, its cuts done."
-    full, cb, meta = get_model(self.model), _pruner(self), _read_slim(path)[0]
+    full, cb, meta = get_model(self.model), _pruner(self), _read_meta(path)
     arch = next((t for t in SLICES if isinstance(full, t)), None)
     if arch and not isinstance(slim := load_slim(path), arch): raise ValueError(f"{path} holds a {type(slim).__name__}, the learner a {type(full).__name__}: make the learner with the same architecture")
     old, self.model = self.model, load_slim(path, full).to(next(full.parameters()).device)

@@ -21,8 +21,11 @@ def _finite(scores):
     a = np.array(list(scores.values()), float)
     bad = ~np.isfinite(a)
     if not bad.any(): return a
-    if bad.all(): warnings.warn("no layer has a finite score: all count the same"); return np.zeros(len(a))
-    warnings.warn(f"no finite score for {', '.join(str(n) for n,b in zip(scores, bad) if b)}: taking the mean of the other layers")
+    if bad.all():
+        warnings.warn("no layer has a finite score: all count the same")
+        return np.zeros(len(a))
+    lost = ', '.join(str(n) for n,b in zip(scores, bad) if b)
+    warnings.warn(f"no finite score for {lost}: taking the mean of the other layers")
     return np.where(bad, a[~bad].mean(), a)
 
 # %% ../nbs/30_ratios.ipynb #0cf0020f
@@ -53,7 +56,8 @@ def random_weights(scores, eps, seed=0):
     "Weights drawn by `seed` between 1-eps and 1+eps."
     return np.random.default_rng(seed).uniform(1-eps, 1+eps, len(scores))
 
-RATIOS = dict(spectral=spectral_weights, uniform=uniform_weights, reversed=reversed_weights, shuffled=shuffled_weights, random=random_weights)
+RATIOS = dict(spectral=spectral_weights, uniform=uniform_weights, reversed=reversed_weights,
+              shuffled=shuffled_weights, random=random_weights)
 
 # %% ../nbs/30_ratios.ipynb #1c98023e
 def _weight_moments(weight, n):
@@ -64,8 +68,10 @@ def _weight_moments(weight, n):
 def _channel_scores(x, n):
     "`x` as magnitudes of `n` channels, ascending."
     x = np.abs(np.asarray(x, float))
-    if x.shape!=(n,): raise ValueError(f"scores of shape {x.shape}, but one for each of {n} channels is needed")
-    if not np.isfinite(x).all(): raise ValueError(f"{(~np.isfinite(x)).sum()} of {n} channel scores are NaN or infinite: repair the weights first")
+    if x.shape!=(n,):
+        raise ValueError(f"scores of shape {x.shape}, but one for each of {n} channels is needed")
+    if bad := (~np.isfinite(x)).sum():
+        raise ValueError(f"{bad} of {n} channel scores are NaN or infinite: repair the weights first")
     return np.sort(x)
 
 def gamma_moments(
@@ -92,15 +98,17 @@ def erk_moments(
 )->np.ndarray: # ascending, shape (n,)
     "When a layer loses its channels while the common density falls."
     shape = np.asarray(shape, float)
-    if shape.ndim!=1 or len(shape)<2 or not (shape>=1).all(): raise ValueError(f"{shape.tolist()} is not the shape of a weight")
+    if shape.ndim!=1 or len(shape)<2 or not (shape>=1).all():
+        raise ValueError(f"{shape.tolist()} is not the shape of a weight")
     return (np.arange(n)+.5-n)/(shape.sum()/shape.prod()*n)
 
 ARRAY_RATIOS = dict(gamma=gamma_moments, lamp=lamp_moments, erk=erk_moments)
 
 # %% ../nbs/30_ratios.ipynb #cec6f2fd
-def _caps(sizes, max_ratio, min_channels):
-    "How many channels each layer may lose."
-    return np.minimum(np.floor(sizes*max_ratio+1e-9), sizes-min_channels).clip(0).astype(int)
+def _caps(sizes, max_ratio, min_channels, silent=0):
+    "How many channels each layer may lose, those that are `silent` whatever the share."
+    most = np.maximum(np.floor(sizes*max_ratio+1e-9), silent)
+    return np.minimum(most, sizes-min_channels).clip(0).astype(int)
 
 # %% ../nbs/30_ratios.ipynb #0409e749
 def _widths(n, cap, round_to):
@@ -109,16 +117,22 @@ def _widths(n, cap, round_to):
     return np.r_[n, k[k%round_to==0]]
 
 # %% ../nbs/30_ratios.ipynb #cb42a60a
-def _step_moments(widths, moments):
+def _silent_steps(widths, silent):
+    "How many steps take silent channels alone."
+    return (widths[0]-widths[1:]<=silent).sum()
+
+def _step_moments(widths, moments, silent=0):
     "When each step is taken, and the share of the channels that is gone by then."
     lost = widths[0]-widths
     if len(lost)==1: return np.zeros(0), np.zeros(0)
-    return np.add.reduceat(moments[:lost[-1]], lost[:-1])/np.diff(lost), lost[1:]/widths[0]
+    when = np.add.reduceat(moments[:lost[-1]], lost[:-1])/np.diff(lost)
+    when[:_silent_steps(widths, silent)] = -np.inf
+    return when, lost[1:]/widths[0]
 
-def _order(names, widths, moments):
+def _order(names, widths, moments, silent):
     "The layers that take a step, one after the other."
     layer = np.repeat(np.arange(len(widths)), [len(w)-1 for w in widths])
-    when, share = map(np.concatenate, zip(*map(_step_moments, widths, moments)))
+    when, share = map(np.concatenate, zip(*map(_step_moments, widths, moments, silent)))
     rank = np.argsort(np.argsort([str(k) for k in names]))
     return layer[np.lexsort((rank[layer], share, when))]
 
@@ -126,32 +140,40 @@ def _order(names, widths, moments):
 def _cross(order, n, price, goal):
     "Steps of each of `n` layers at the place in `order` where `price` is closest to `goal`."
     at = lambda k: np.bincount(order[:k], minlength=n)
-    k = bisect_left(range(len(order)), -goal, key=lambda k: -price(at(k)))   # the first place with a price of at most `goal`
+    k = bisect_left(range(len(order)), -goal, key=lambda k: -price(at(k)))
+    # k is the first place with a price of at most `goal`; the one before it may be nearer
     return at(k-1) if k and price(at(k-1))-goal<=goal-price(at(k)) else at(k)
 
 # %% ../nbs/30_ratios.ipynb #c82c4700
-def _moves(taken, most, far=3):
-    "All changes of one layer by up to `far` steps."
+def _moves(taken, least, most, far=3):
+    "All changes of one layer by up to `far` steps that stay between `least` and `most`."
     unit = np.eye(len(taken), dtype=int)
-    return [d*u for u in unit for d in range(-far, far+1) if d and 0<=(taken+d*u)@u<=most@u]
+    steps = [d for d in range(-far, far+1) if d]
+    return [d*u for u in unit for d in steps if least@u<=(taken+d*u)@u<=most@u]
 
-def _repair(taken, most, price, goal, tol, tries=20):
+def _pairs(ones):
+    "The sums of two changes of different layers."
+    both = combinations(ones, 2)
+    return [(a+b, d+e) for (a,d),(b,e) in both if not (d*e).any()]
+
+def _repair(taken, least, most, price, goal, tol, tries=20):
     "`taken` with a few steps more or fewer, so that `price` is within `tol` of `goal` if it can be."
     off = lambda t: abs(price(t)-goal)
     while off(taken)>tol:
-        ones = [(price(taken+d)-price(taken), d) for d in _moves(taken, most)]
-        twos = sorted(((a+b, d+e) for (a,d),(b,e) in combinations(ones, 2) if not (d*e).any()), key=lambda o: abs(price(taken)+o[0]-goal))
+        now = price(taken)
+        ones = [(price(taken+d)-now, d) for d in _moves(taken, least, most)]
+        twos = sorted(_pairs(ones), key=lambda o: abs(now+o[0]-goal))
         best = min([taken+d for _,d in ones+twos[:tries]], key=off, default=taken)
         if off(best)>=off(taken): break
         taken = best
     return taken
 
 # %% ../nbs/30_ratios.ipynb #176384ed
-def _give_back(taken, price):
-    "`taken` without the steps that save nothing."
-    taken = taken.copy()
+def _give_back(taken, least, price):
+    "`taken` without the steps beyond `least` that save nothing."
+    taken, unit = taken.copy(), np.eye(len(taken), dtype=int)
     for i in range(len(taken)):
-        while taken[i] and price(less := taken-np.eye(len(taken), dtype=int)[i])==price(taken): taken = less
+        while taken[i]>least[i] and price(less := taken-unit[i])==price(taken): taken = less
     return taken
 
 # %% ../nbs/30_ratios.ipynb #da3cdf47
@@ -163,37 +185,47 @@ def hand_ratios(
     tol:float=.005, # how far the cost may be off, as a share of the whole
 )->dict: # layer name -> share of its channels to remove, a whole number of channels
     "`ratios` for every layer of `sizes`, checked."
-    if lost := [str(n) for n in ratios if n not in sizes]: raise ValueError(f"ratios name {', '.join(lost)}: the layers are {', '.join(map(str, sizes))}")
+    if lost := [str(n) for n in ratios if n not in sizes]:
+        raise ValueError(f"ratios name {', '.join(lost)}: the layers are {', '.join(map(str, sizes))}")
     for k,r in ratios.items():
-        if not (0<=r<1 and round(r*sizes[k])<sizes[k]): raise ValueError(f"{k}: ratio {r} of {sizes[k]} channels must be at least 0 and leave one channel")
+        if 0<=r<1 and round(r*sizes[k])<sizes[k]: continue
+        raise ValueError(f"{k}: ratio {r} of {sizes[k]} channels must be at least 0 and leave one channel")
     kept, n = {k: s-round(ratios.get(k, 0)*s) for k,s in sizes.items()}, sum(sizes.values())
     if kept==sizes: raise ValueError(f"the ratios remove none of {n} channels: raise one of them")
-    gone, slack = (1-cost(kept)/cost(dict(sizes)), tol) if cost else (1-sum(kept.values())/n, len(sizes)/n)
-    what = 'the cost' if cost else f'{n} channels'
+    gone = 1-cost(kept)/cost(dict(sizes)) if cost else 1-sum(kept.values())/n
+    slack, what = (tol, 'the cost') if cost else (len(sizes)/n, f'{n} channels')
     if target is not None and abs(gone-target)>slack:
-        raise ValueError(f"the ratios remove {gone:.3f} of {what}, not target={target}: leave target out, or change them")
+        raise ValueError(f"the ratios remove {gone:.3f} of {what}, not target={target}: "
+                         "leave target out, or change them")
     return {k: (s-kept[k])/s for k,s in sizes.items()}
 
 # %% ../nbs/30_ratios.ipynb #4963a981
 def _check(scores, sizes, target, how, eps, max_ratio, min_channels, protect, round_to):
-    _check_known('how', how, RATIOS | ARRAY_RATIOS); _check_known('protect', protect, ['low', 'high'])
-    if not 0<target<1: raise ValueError(f"target={target} is not a share between 0 and 1: .4 removes 40 %")
-    if not 0<=eps<1: raise ValueError(f"eps={eps} must be at least 0 and below 1")
-    if not 0<max_ratio<=1: raise ValueError(f"max_ratio={max_ratio} must be above 0 and at most 1")
-    if min_channels<1: raise ValueError(f"min_channels={min_channels} must be at least 1, or a layer could lose all it has")
-    if round_to<1: raise ValueError(f"round_to={round_to} must be at least 1")
-    if lost := [str(n) for n in sizes if n not in scores]: raise ValueError(f"no score for {', '.join(lost)}: give NaN where there is none")
+    _check_known('how', how, RATIOS | ARRAY_RATIOS)
+    _check_known('protect', protect, ['low', 'high'])
+    wrong = {
+        f"target={target} is not a share between 0 and 1: .4 removes 40 %": not 0<target<1,
+        f"eps={eps} must be at least 0 and below 1": not 0<=eps<1,
+        f"max_ratio={max_ratio} must be above 0 and at most 1": not 0<max_ratio<=1,
+        f"min_channels={min_channels} must be at least 1, or a layer could lose all it has": min_channels<1,
+        f"round_to={round_to} must be at least 1": round_to<1}
+    for text,bad in wrong.items():
+        if bad: raise ValueError(text)
+    if lost := [str(n) for n in sizes if n not in scores]:
+        raise ValueError(f"no score for {', '.join(lost)}: give NaN where there is none")
 
 # %% ../nbs/30_ratios.ipynb #ca3afdcc
+def _layer_moments(name, x, n, how):
+    "`ARRAY_RATIOS[how]` of the layer `name`, checked."
+    try: return ARRAY_RATIOS[how](x, n)
+    except ValueError as e: raise ValueError(f"{name}: ratios {how!r} got {e}") from e
+
 def _moments(scores, sizes, how, eps, protect, seed):
     "When each layer loses each of its channels."
-    if how in RATIOS:
-        sign = 1 if protect=='low' else -1
-        return [_weight_moments(w, n) for w,n in zip(RATIOS[how]({k: sign*scores[k] for k in sizes}, eps, seed=seed), sizes.values())]
-    def one(k, n):
-        try: return ARRAY_RATIOS[how](scores[k], n)
-        except ValueError as e: raise ValueError(f"{k}: ratios {how!r} got {e}") from e
-    return [one(k, n) for k,n in sizes.items()]
+    if how in ARRAY_RATIOS: return [_layer_moments(k, scores[k], n, how) for k,n in sizes.items()]
+    sign = 1 if protect=='low' else -1
+    weights = RATIOS[how]({k: sign*scores[k] for k in sizes}, eps, seed=seed)
+    return [_weight_moments(w, n) for w,n in zip(weights, sizes.values())]
 
 # %% ../nbs/30_ratios.ipynb #3f55cc0d
 def _price(cost, widths, names):
@@ -201,17 +233,29 @@ def _price(cost, widths, names):
     known = lru_cache(None)(lambda kept: float(cost(dict(zip(names, kept)))))
     return lambda taken: known(tuple(int(w[t]) for w,t in zip(widths, taken)))
 
-def _meet(order, widths, price, goal, tol, full, said, repair):
-    "Steps of each layer that bring `price` within `tol` of `goal`, or an error that tells what can be had."
+def _bounds(taken, free, most):
+    "The fewest and the most steps of each layer, so that silent channels go before others."
+    return (free, most) if (taken>=free).all() else (0*free, free)
+
+def _meet(order, widths, silent, price, goal, tol, full, said, repair):
+    "Steps that bring `price` within `tol` of `goal`, or an error that tells what can be had."
     most = np.array([len(w)-1 for w in widths])
+    free = np.array([_silent_steps(w, s) for w,s in zip(widths, silent)])
     share = lambda taken: 1-price(taken)/full
     if not len(order) or price(most)>goal+tol:
-        raise ValueError(f"{said} cannot be met: at most {share(most):.3f} can go with these bounds, raise max_ratio or lower min_channels")
+        raise ValueError(f"{said} cannot be met: at most {share(most):.3f} can go with these bounds, "
+                         "raise max_ratio or lower min_channels")
     taken = _cross(order, len(widths), price, goal)
-    if not taken.any(): raise ValueError(f"{said} rounds to none: nothing would be removed, use at least {share(np.bincount(order[:1], minlength=len(most))):.2g}")
-    if repair: taken = _repair(taken, most, price, goal, tol)
-    if abs(price(taken)-goal)>tol: raise ValueError(f"{said} cannot be met, the nearest found is {share(taken):.4f}: take that, or a larger tol")
-    return _give_back(taken, price) if repair else taken
+    if not taken.any():
+        least = share(np.bincount(order[:1], minlength=len(most)))
+        raise ValueError(f"{said} rounds to none: nothing would be removed, use at least {least:.2g}")
+    if repair:
+        for lo,hi in (_bounds(taken, free, most), (0*free, most)):   # silent ones go first, if that can be
+            taken = _repair(taken, lo, hi, price, goal, tol)
+    if abs(price(taken)-goal)>tol:
+        raise ValueError(f"{said} cannot be met, the nearest found is {share(taken):.4f}: "
+                         "take that, or a larger tol")
+    return _give_back(taken, free, price) if repair else taken
 
 # %% ../nbs/30_ratios.ipynb #5de6961f
 def channel_ratios(
@@ -229,6 +273,7 @@ def channel_ratios(
     tol:float=.005, # how far the cost may be off, as a share of the whole
     repair:bool=True, # change single layers where their order alone misses the budget? Not for a cost that is measured and noisy
     seed:int=0, # of `shuffled` and `random`
+    silent:dict=None, # layer name -> how many of its channels add nothing; they go first, whatever max_ratio says
 )->dict: # layer name -> share of its channels to remove, a whole number of channels
     "Shares of channels to remove, which together meet `target`."
     if isinstance(how, dict): return hand_ratios(how, sizes, target, cost, tol)
@@ -237,11 +282,17 @@ def channel_ratios(
     left = set(select_layers(list(sizes), ignore)) if ignore else ()
     todo = {k: int(n) for k,n in sizes.items() if k not in left}
     if not todo: raise ValueError(f"ignore={ignore} leaves no layer to prune")
-    widths = [_widths(n, c, round_to) for n,c in zip(todo.values(), _caps(np.array(list(todo.values())), max_ratio, min_channels))]
-    order = _order(todo, widths, _moments(scores, todo, how, eps, protect, seed))
-    price = _price(lambda kept: (cost or (lambda o: sum(o.values())))(dict(sizes) | kept), widths, list(todo))
-    full, n = price([0]*len(todo)), sum(sizes.values())
-    if not 0<full<np.inf: raise ValueError(f"the cost of the whole network is {full}: it must be positive and finite")
+    quiet = [(silent or {}).get(k, 0) for k in todo]
+    caps = _caps(np.array(list(todo.values())), max_ratio, min_channels, quiet)
+    widths = [_widths(n, c, round_to) for n,c in zip(todo.values(), caps)]
+    order = _order(todo, widths, _moments(scores, todo, how, eps, protect, seed), quiet)
+    count = cost or (lambda kept: sum(kept.values()))
+    price, n = _price(lambda kept: count(dict(sizes) | kept), widths, list(todo)), sum(sizes.values())
+    full = price([0]*len(todo))
+    if not 0<full<np.inf:
+        raise ValueError(f"the cost of the whole network is {full}: it must be positive and finite")
     goal, slack = (full*(1-target), full*tol) if cost else (n-round(target*n), round_to//2)
-    taken = _meet(order, widths, price, goal, slack, full, f"target={target} of {f'a cost of {full:.5g}' if cost else f'{n} channels'}", repair)
-    return {k: 0. for k in sizes} | {k: (n-w[t].item())/n for (k,n),w,t in zip(todo.items(), widths, taken)}
+    said = f"target={target} of {f'a cost of {full:.5g}' if cost else f'{n} channels'}"
+    taken = _meet(order, widths, quiet, price, goal, slack, full, said, repair)
+    gone = {k: (n-w[t].item())/n for (k,n),w,t in zip(todo.items(), widths, taken)}
+    return {k: 0. for k in sizes} | gone
