@@ -9,11 +9,13 @@ __all__ = ['PALETTE', 'plot_esd', 'plot_histogram', 'plot_esds', 'plot_depth', '
 import re
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import AutoLocator, FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, LogFormatterMathtext
+from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 # %% ../nbs/04_plots.ipynb #de304fc2
-PALETTE = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', purple='#CC79A7', sky='#56B4E9', black='#000000')
+PALETTE = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00',
+               purple='#CC79A7', sky='#56B4E9', black='#000000')
 _SERIES = [*PALETTE.values()]
 
 # %% ../nbs/04_plots.ipynb #a07a6289
@@ -26,21 +28,25 @@ def _axes(ax, figsize):
 def _tick_text(v, at=None): return f'{v:g}' if 1e-4<=abs(v)<1e5 else LogFormatterMathtext()(v)
 
 def _log_ticks(axis):
-    "Ticks of a log axis as plain numbers, with 2 and 5 between the powers of ten where there is room."
+    "Ticks of a log axis as plain numbers, with 2 and 5 between the powers where there is room."
     lo, hi = axis.get_view_interval()
-    # within a factor of four there may be no round number of the form 1, 2 or 5 at all
-    axis.set_major_locator(AutoLocator() if hi<4*lo else LogLocator(subs=(1, 2, 5) if hi<200*lo else (1,)))
+    subs = (1, 2, 5) if hi<200*lo else (1,)
+    # within a factor of four there may be no number of the form 1, 2 or 5 times a power at all
+    axis.set_major_locator(AutoLocator() if hi<4*lo else LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(_tick_text))
     axis.set_minor_formatter(NullFormatter())
 
 # %% ../nbs/04_plots.ipynb #9ae2c741
+_OUTSIDE = dict(frameon=False, fontsize=8)
+
 def _legend_below(ax):
     "A legend under the name of the x axis, half an inch below the axes."
     below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
-    ax.legend(loc='upper center', bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=2, frameon=False, fontsize=8)
+    at = dict(loc='upper center', bbox_to_anchor=(0.5, 0), bbox_transform=below)
+    wide = ax.get_window_extent().width > 4*ax.figure.dpi        # two columns in a narrow panel would squeeze it
+    ax.legend(ncols=2 if wide else 1, **at, **_OUTSIDE)
 
-def _legend_above(ax):
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8)
+def _legend_above(ax): ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, **_OUTSIDE)
 
 # %% ../nbs/04_plots.ipynb #5be32f9a
 def _log_bins(x, bins, decades=3):
@@ -56,8 +62,10 @@ def _mark_edge(ax, edge):
 
 def _mark_fit(ax, fit, n, largest):
     t = np.geomspace(fit.xmin, largest, 50)
-    ax.plot(t, _tail_density(fit, n, t), lw=2, color=PALETTE['orange'], label=rf'$\alpha$ = {fit.alpha:.2f}, D = {fit.D:.3f}')
-    ax.axvline(fit.xmin, ls='--', lw=1, color='gray', label=rf'$\lambda_{{min}}$ = {fit.xmin:.3g}')
+    label = rf'$\alpha$ = {fit.alpha:.2f}, D = {fit.D:.3f}'
+    ax.plot(t, _tail_density(fit, n, t), lw=2, color=PALETTE['orange'], label=label)
+    start = rf'$\lambda_{{min}}$ = {fit.xmin:.3g}'
+    ax.axvline(fit.xmin, ls='--', lw=1, color='gray', label=start)
 
 # %% ../nbs/04_plots.ipynb #aba5e10a
 def plot_esd(
@@ -89,8 +97,8 @@ def plot_histogram(
     label:str='ESD', # name of the histogram in the legend
 ): # the axes
     "The density of `evals` on linear axes."
-    ax = _axes(ax, (6, 3.6))
-    ax.hist(np.asarray(evals, dtype=float), bins, density=True, alpha=0.4, color=PALETTE['blue'], label=label)
+    x, ax = np.asarray(evals, dtype=float), _axes(ax, (6, 3.6))
+    ax.hist(x, bins, density=True, alpha=0.4, color=PALETTE['blue'], label=label)
     _mark_edge(ax, edge)
     ax.set(xlabel=r'eigenvalue $\lambda$', ylabel='density')
     _legend_below(ax)
@@ -104,12 +112,14 @@ def plot_esds(
 ): # the figure
     "One `plot_esd` for each spectrum, on the same axes."
     n, fits, edges = len(spectra), fits or {}, edges or {}
-    fig, axs = plt.subplots(1, n, figsize=(min(6*n, max(10.5, 3*n)), 3.8), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    size = min(6*n, max(10.5, 3*n)), 4.2
+    shared = dict(sharex=True, sharey=True, squeeze=False)
+    fig, axs = plt.subplots(1, n, figsize=size, layout='constrained', **shared)
     for ax,(title,ev) in zip(axs[0], spectra.items()):
         plot_esd(ev, fits.get(title), ax=ax, edge=edges.get(title))
         ax.set_title(_short(title, 120//n), parse_math=False, fontsize=10)
         ax.label_outer()
-    for axis in (axs[0,-1].xaxis, axs[0,-1].yaxis): _log_ticks(axis)     # only now are the shared limits known
+    for axis in (ax.xaxis, ax.yaxis): _log_ticks(axis)     # the shared limits are known only now
     return fig
 
 # %% ../nbs/04_plots.ipynb #5ad850cb
@@ -157,13 +167,14 @@ def plot_epochs(
     value:str='lr', # the column to draw
     ax=None, # where to draw, None for a new figure
     cmap:str='viridis', # matplotlib colour map
-    log:bool=None, # logarithmic colours? None: where all values are positive and span more than a factor of ten
+    log:bool=None, # logarithmic colours? None: for positive values that span a factor of ten
 ): # the axes
     "A heat map of `value`: one row per layer, one column per epoch."
     table = df.pivot(index='layer', columns='epoch', values=value).loc[df.layer.unique()]
     if log is None: log = _spans_decades(table.to_numpy(dtype=float))
     ax = _axes(ax, (9, 1.1+0.19*min(len(table), 24)))
-    im = ax.imshow(table, aspect='auto', cmap=cmap, interpolation='nearest', norm=LogNorm() if log else None)
+    norm = LogNorm() if log else None
+    im = ax.imshow(table, aspect='auto', cmap=cmap, interpolation='nearest', norm=norm)
     bar = ax.figure.colorbar(im, ax=ax, label=value, pad=0.02, aspect=15)
     if log: _log_ticks(bar.ax.yaxis)
     _layer_ticks(ax, list(table.index), 'y')

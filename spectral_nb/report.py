@@ -24,7 +24,7 @@ class Table(NamedTuple):
     df:pd.DataFrame # what it shows, in this order
     caption:str='Table' # a sentence above it
     about:dict={} # column -> what it means, for tooltips and a legend
-    badges:dict={} # column -> {value: 'good', 'open', 'look', 'bad' or 'plain'}, to tell its values by sign and colour
+    badges:dict={} # column -> {value: 'good', 'open', 'look', 'bad' or 'plain'}: its sign and colour
 
 class Picture(NamedTuple):
     "A picture on a report."
@@ -68,8 +68,9 @@ def _columns(t):
 # %% ../nbs/05_report.ipynb #e487472e
 @lru_cache(None)
 def _templates():
-    env = Environment(loader=PackageLoader('spectral_nb'), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    read = lambda name: env.loader.get_source(env, name)[0]
+    loader = PackageLoader('spectral_nb')
+    env = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    read = lambda name: loader.get_source(env, name)[0]
     return env.get_template('report.html').module, read('report.css'), read('sortable.min.js')
 
 # %% ../nbs/05_report.ipynb #219ded5f
@@ -82,17 +83,20 @@ def _table(t):
 def _picture(p, dpi=130):
     fig, b = p.fig if isinstance(p.fig, Figure) else p.fig.figure, io.BytesIO()
     fig.savefig(b, format='png', dpi=dpi)
-    width, height = (round(96*o) for o in fig.get_size_inches())
     plt.close(fig)
-    alt = p.alt or alt_text(fig)
-    return _templates()[0].picture(dict(data=base64.b64encode(b.getvalue()).decode(), width=width, height=height, alt=alt, caption=p.caption))
+    width, height = (round(96*o) for o in fig.get_size_inches())
+    return _templates()[0].picture(dict(data=base64.b64encode(b.getvalue()).decode(), width=width,
+        height=height, alt=p.alt or alt_text(fig), caption=p.caption))
 
-_PARTS = {Table: _table, Picture: _picture, pd.DataFrame: lambda o: _table(Table(o)), Figure: lambda o: _picture(Picture(o)),
-          Axes: lambda o: _picture(Picture(o)), str: lambda o: Markup(to_xml(P(o))), FT: lambda o: Markup(to_xml(o))}
+def _element(o): return Markup(to_xml(o))
+
+_PARTS = {Table: _table, Picture: _picture, FT: _element, str: lambda o: _element(P(o)),
+          pd.DataFrame: lambda o: _table(Table(o)),
+          Figure: lambda o: _picture(Picture(o)), Axes: lambda o: _picture(Picture(o))}
 
 # %% ../nbs/05_report.ipynb #8c646abc
 def report_part(
-    part, # a `Table` or `Picture`, a table, a figure or its axes, a paragraph of text, or an element of `fastcore.xml`
+    part, # `Table`, `Picture`, table, figure or its axes, paragraph, element of `fastcore.xml`
 )->Markup: # HTML
     "The HTML of one part of a report."
     for t,f in _PARTS.items():
@@ -114,34 +118,33 @@ def _why_not_written(path, e):
     "A line about an `OSError` that names the file and says what helps."
     folder = path.parent
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(folder).free
-        return f"{path} was not written: no space left on the disk ({free:,} bytes free in {folder}). Free some or choose another folder"
-    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{path} was not written: no permission to write in {folder}. Change it or choose another folder"
-    return f"{path} was not written: {(e.strerror or str(e)).lower()}"
+        why = f"no space is left on its disk ({shutil.disk_usage(folder).free:,} bytes free)"
+    elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): why = f"no permission to write in {folder}"
+    else: return f"{path} was not written: {(e.strerror or str(e)).lower()}"
+    return f"{path} was not written: {why}. Change that, or choose another folder"
 
 # %% ../nbs/05_report.ipynb #85848491
+def _write_whole(target, data):
+    tmp = target.with_name(f'.{target.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.part')
+    try:
+        with open(tmp, 'xb') as f:               # with the rights that the user's umask leaves
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(target)
+    finally: tmp.unlink(missing_ok=True)
+
 def write_text(
     path, # file to write; its folder is made
     text:str, # its whole content
 )->Path: # the path written
     "Write `text` to `path` in one step."
     path, data = Path(path), text.encode('utf-8', 'backslashreplace')
-    target = Path(os.path.realpath(path))                # what a link points to is replaced, not the link
-    tmp = target.with_name(f'.{target.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.part')
+    target = Path(os.path.realpath(path))        # what a link points to is replaced, not the link
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # a pipe or a device such as /dev/stdout is written to, never replaced by a file
-        if target.exists() and not (target.is_file() or target.is_dir()): target.write_bytes(data)
-        else: _write_whole(tmp, data, target)
+        special = target.exists() and not (target.is_file() or target.is_dir())
+        target.write_bytes(data) if special else _write_whole(target, data)
     except OSError as e: raise type(e)(_why_not_written(path, e)) from None
     return path
-
-def _write_whole(tmp, data, target):
-    try:
-        with open(tmp, 'xb') as f:                       # a new file has the rights that the user's umask leaves
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        tmp.replace(target)
-    finally: tmp.unlink(missing_ok=True)
