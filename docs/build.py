@@ -1,5 +1,5 @@
-"Build the site in `_docs/`: notebooks -> `_proc/pages` -> Sphinx, and every internal link is followed before it is put there"
-import re, shutil, sys
+"Build the site in `_docs/`: notebooks -> `_proc/pages` -> Sphinx; links, formulas and pictures are checked before it is put there"
+import copy, re, shutil, sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 from bs4 import BeautifulSoup
@@ -9,7 +9,7 @@ from nbdev.doclinks import nbglob
 from sphinx.cmd.build import main as sphinx
 from pages import page
 
-GROUPS = {'0':'Measure', '1':'Data and models', '2':'Allocate', '3':'Prune', 'tools':'Tools', 'tutorials':'Tutorials'} # by first digit or folder
+GROUPS = {'tutorials':'Tutorials', '0':'Measure', '1':'Data and models', '2':'Allocate', '3':'Prune', 'tools':'Tools'} # by first digit or folder
 cfg = get_config()
 site = f'{cfg.doc_host}{cfg.doc_baseurl}/'
 work,out = Path('_proc'),Path('_docs')
@@ -60,10 +60,19 @@ def faults(path, soup, ids):
         if not to.exists(): yield f'{path.name} links to {url}, which does not exist'
         elif frag and unquote(frag) not in ids.get(to, [frag]): yield f'{path.name} links to #{frag}, which {to.name} does not have'
 
+def text_faults(path, soup):
+    "TeX that became no formula, and pictures that say nothing to who cannot see them"
+    for o in soup.select('article :is(p, li, td, th, dd, h1, h2, h3, h4)'):
+        o = copy.copy(o)
+        for skip in o.find_all(['code', 'pre', 'math', 'script']): skip.decompose()
+        if m := re.search(r'.{0,30}(\$|\\[a-zA-Z]{2,}).{0,30}', o.get_text()): yield f'{path.name}: TeX is left in the text: {m[0]}'
+    for o in soup.select('article img'):
+        if re.fullmatch(r'|.*[0-9a-f]{16,}.*', o.get('alt', '')): yield f"{path.name}: a picture without words: {o.get('src')}"
+
 def broken_links():
     soups = {p.resolve():BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser') for p in html.rglob('*.html')}
     ids = {p:{o['id'] for o in s.find_all(id=True)} for p,s in soups.items()}
-    return sorted({f for p,s in soups.items() for f in faults(p, s, ids)})
+    return sorted({f for p,s in soups.items() for f in [*faults(p, s, ids), *text_faults(p, s)]})
 
 if __name__=='__main__':
     n = write_pages(cfg.nbs_path)

@@ -1,4 +1,5 @@
 "Sphinx settings of the site; `build.py` calls Sphinx"
+from html import escape
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 from nbdev.config import get_config
@@ -7,7 +8,9 @@ cfg = get_config()
 project, author, copyright, release = cfg.title, cfg.author, cfg.copyright, cfg.version
 extensions = ['myst_nb', 'sphinx_copybutton']
 html_theme, html_title = 'furo', cfg.title
-html_static_path, html_css_files = ['static'], ['site.css']
+html_static_path, html_css_files, html_favicon = ['static'], ['site.css'], 'static/icon.svg'
+html_theme_options = dict(source_repository=cfg.git_url, source_branch=cfg.branch, top_of_page_buttons=[],
+                          footer_icons=[dict(name='The repository', url=cfg.git_url, html='Source on GitHub', **{'class': ''})])
 html_copy_source, html_show_sourcelink, html_use_index = False, False, False
 html_math_renderer = 'mathml'
 nb_execution_mode, nb_merge_streams = 'off', True
@@ -24,10 +27,13 @@ def _math(display):
         raise SkipNode
     return visit, None
 
-def _relative(app, pagename, templatename, context, doctree):
-    "nbdev links to the published site: from page to page these links are relative"
-    if 'body' in context: context['body'] = context['body'].replace(f'{cfg.doc_host}{cfg.doc_baseurl}/', '../'*pagename.count('/'))
+def _finish(app, pagename, templatename, context, doctree):
+    "nbdev links to the published site: from page to page these links are relative; what scrolls can be reached by keyboard"
+    context['metatags'] = context.get('metatags', '') + f'\n<meta name="description" content="{escape(cfg.description)}">'
+    if 'body' not in context: return
+    body = context['body'].replace(f'{cfg.doc_host}{cfg.doc_baseurl}/', '../'*pagename.count('/'))
+    context['body'] = body.replace('<pre>', '<pre tabindex="0">').replace('<th></th>', '<td></td>')
 
 def setup(app):
     app.add_html_math_renderer('mathml', _math('inline'), _math('block'))
-    app.connect('html-page-context', _relative)
+    app.connect('html-page-context', _finish)

@@ -4,28 +4,29 @@
 
 # %% auto #0
 __all__ = ['Demo', 'demo_batches', 'run_demo', 'rates_table', 'layers_table', 'prune_table', 'plot_best_esd', 'plot_kept',
-           'demo_networks', 'demo_report']
+           'demo_networks', 'demo_summary', 'demo_report']
 
 # %% ../nbs/55_demo.ipynb #bfea039a
 from functools import partial
 from typing import NamedTuple
 import pandas as pd, matplotlib.pyplot as plt
-from fastcore.xml import H2
+from fastcore.xml import B, Div, H2, P
 from .matrices import esd, layer_matrices
 from .metrics import analyze
 from .tail import fit_tail
 from .plots import plot_depth, plot_epochs, plot_esd
-from .report import html_report
+from .report import Picture, Table, html_report
 from .data import digits_dls
-from .experiment import TotalBar, Run, analyze_all, compare_lr, compare_prune, make_learner, n_batches
+from .experiment import TotalBar, Run, analyze_all, compare_lr, compare_prune
+from .experiment import make_learner, n_batches
 
 # %% ../nbs/55_demo.ipynb #95d4df68
 class Demo(NamedTuple):
     "The networks of a demo."
-    start:dict     # name -> network before training
-    rates:list     # `Run` of VGG19 for each allocation of rates
-    dense:Run      # DenseNet40, trained
-    pruned:list    # `Run` of DenseNet40 for each kind of ratios
+    start:dict # name -> network before training
+    rates:list # `Run` of VGG19 for each allocation of rates
+    dense:Run # DenseNet40, trained
+    pruned:list # `Run` of DenseNet40 for each kind of ratios
 
 # %% ../nbs/55_demo.ipynb #cd707d2e
 def demo_batches(
@@ -38,6 +39,9 @@ def demo_batches(
     return n_batches(dls, 3*epochs+2*tune) + 2*len(dls.valid)
 
 # %% ../nbs/55_demo.ipynb #142aa6b0
+def _untrained(get_dls, arch, seed, kwargs):
+    return make_learner(get_dls(), arch, seed=seed, **kwargs).model
+
 def run_demo(
     get_dls, # function without arguments that makes the data, the same at each call
     epochs:int=8, # epochs of each training
@@ -52,8 +56,10 @@ def run_demo(
     args = dict(epochs=epochs, seed=seed, bar=bar)
     rates = compare_lr(get_dls, **args, **vgg)
     base, = compare_lr(get_dls, ['uniform'], 'densenet40', max_lr=0.1, **args, **dense)
-    pruned = compare_prune(get_dls, base.model, ('uniform', 'spectral'), target, tune, seed=seed, bar=bar)
-    start = {f'{a}, start': make_learner(get_dls(), a, seed=seed, **kw).model for a,kw in (('vgg19', vgg), ('densenet40', dense))}
+    both = 'uniform', 'spectral'
+    pruned = compare_prune(get_dls, base.model, both, target, tune, seed=seed, bar=bar)
+    archs = dict(vgg19=vgg, densenet40=dense)
+    start = {f'{a}, start': _untrained(get_dls, a, seed, kw) for a,kw in archs.items()}
     return Demo(start, rates, base, pruned)
 
 # %% ../nbs/55_demo.ipynb #98499715
@@ -61,26 +67,35 @@ def rates_table(
     demo:Demo, # from `run_demo`
 )->pd.DataFrame: # one row per network of `demo.rates`
     "Learning rates and accuracy."
-    return pd.DataFrame([dict(network=r.name, lowest=r.detail.mult.min(), highest=r.detail.mult.max(), loss=r.row['loss'], accuracy=r.row['accuracy']) for r in demo.rates])
+    def row(r):
+        mult = r.detail.mult
+        scores = {k: r.row[k] for k in ('loss', 'accuracy')}
+        return dict(network=r.name, lowest=mult.min(), highest=mult.max()) | scores
+    return pd.DataFrame([row(r) for r in demo.rates])
 
 # %% ../nbs/55_demo.ipynb #77f75b9a
 def layers_table(
     run:Run, # a network of `Demo.rates`
 )->pd.DataFrame: # one row per layer
-    "Metrics of the trained layers, and their learning rates in the last epoch."
+    "The rates of the last epoch with the score that gave them, and metrics after training."
     h = run.detail
-    last = h[h.epoch==h.epoch.max()].set_index('layer')[['mult', 'lr']]
-    df = analyze(run.model, progress=False)[['name', 'N', 'M', 'alpha', 'D', 'stable_rank']]
-    return df.join(last, on='name')
+    last = h[h.epoch==h.epoch.max()].set_index('layer')[['score', 'mult', 'lr']]
+    df = analyze(run.model, fit='ks', progress=False)
+    df = df[['name', 'N', 'M', 'alpha', 'D', 'stable_rank']].join(last, on='name')
+    df = df.rename(columns=dict(score='alpha_hill', alpha='alpha_ks'))
+    return df[['name', 'N', 'M', 'alpha_hill', 'mult', 'lr', 'alpha_ks', 'D', 'stable_rank']]
 
 # %% ../nbs/55_demo.ipynb #e39a7fbc
 def prune_table(
     demo:Demo, # from `run_demo`
 )->pd.DataFrame: # one row per network, the full one first
     "Size and accuracy before and after pruning."
-    r = demo.pruned[0].detail
-    full = dict(network=demo.dense.name, channels=r.channels[0], params=r.params[0], flops=r.flops[0], accuracy=demo.dense.row['accuracy'])
-    return pd.DataFrame([full] + [dict(network=r.name, **{k: r.row[k] for k in ('channels', 'params', 'flops', 'at_once', 'accuracy')}) for r in demo.pruned])
+    r, sizes = demo.pruned[0].detail, ('channels', 'params', 'flops')
+    full = dict(network=demo.dense.name) | {k: getattr(r, k)[0] for k in sizes}
+    rows = [full | dict(accuracy=demo.dense.row['accuracy'])]
+    for r in demo.pruned:
+        rows.append(dict(network=r.name) | {k: r.row[k] for k in (*sizes, 'at_once', 'accuracy')})
+    return pd.DataFrame(rows)[['network', *sizes, 'at_once', 'accuracy']]
 
 # %% ../nbs/55_demo.ipynb #6488ac98
 def plot_best_esd(
@@ -90,17 +105,17 @@ def plot_best_esd(
     df = analyze(run.model, progress=False)
     name = df.name[df.D.where(df.num_evals>=100).idxmin()]
     evals = esd(next(layer_matrices(run.model, layers=[name]))[2])
-    ax = plot_esd(evals, fit_tail(evals), label=f'{name}, {run.name}')
-    return ax
+    return plot_esd(evals, fit_tail(evals), label=f'{name}, {run.name}')
 
 # %% ../nbs/55_demo.ipynb #c9851c60
 def plot_kept(
     demo:Demo, # from `run_demo`
 ): # the axes, one above the other
     "The share of channels that each layer keeps, for each kind of ratios."
-    _, axs = plt.subplots(len(demo.pruned), 1, figsize=(7, 4.4), sharex=True, layout='constrained')
+    size = 9, 2.4*len(demo.pruned)
+    _, axs = plt.subplots(len(demo.pruned), 1, figsize=size, sharex=True, layout='constrained')
     for ax,r in zip(axs, demo.pruned): r.detail.plot(ax=ax).set_title(r.name, fontsize=10)
-    axs[0].set(xlabel='')
+    for ax in axs[:-1]: ax.set(xlabel='')
     return axs
 
 # %% ../nbs/55_demo.ipynb #75f08038
@@ -109,26 +124,59 @@ def demo_networks(
 )->dict: # name -> network, in the order of the story
     "Every network of the demo, before and after."
     vgg, dense = demo.start.items()
-    return dict([vgg, *((r.name, r.model) for r in demo.rates), dense, *((r.name, r.model) for r in (demo.dense, *demo.pruned))])
+    runs = lambda rs: [(r.name, r.model) for r in rs]
+    return dict([vgg, *runs(demo.rates), dense, *runs([demo.dense, *demo.pruned])])
+
+# %% ../nbs/55_demo.ipynb #c249659a
+def demo_summary(
+    demo:Demo, # from `run_demo`
+)->list: # sentences
+    "What came out, in figures."
+    rates, p = rates_table(demo).accuracy, prune_table(demo)
+    gone = 1 - p.channels[1]/p.channels[0]
+    return [f"VGG19 gets {rates[1]:.1%} of the validation images right with spectral rates, "
+            f"{rates[0]:.1%} with one rate for all layers.",
+            f"DenseNet40 gets {p.accuracy[0]:.1%} right, without {gone:.0%} of its channels "
+            f"{p.accuracy[2]:.1%} with spectral ratios and {p.accuracy[1]:.1%} with uniform ones.",
+            "Each figure is one run, so small differences are chance: the tutorials compare many."]
+
+# %% ../nbs/55_demo.ipynb #21ab317b
+_ABOUT = dict(
+    lowest='smallest factor on the global rate, over layers and epochs',
+    highest='largest factor', loss='on the validation images', accuracy='share of validation images, guessing gets 0.1',
+    N='longer side of the layer', M='shorter side', mult='factor of the last epoch',
+    lr='the rate itself', D='distance of the KS fit, 0 is perfect',
+    alpha_hill="exponent by Hill's fit at the start of the last epoch, which gave the factor",
+    alpha_ks='exponent by the KS fit after training: a description, not what the factor followed',
+    stable_rank='squared weight in units of the strongest direction',
+    channels='channels in all layers', params='weights and biases',
+    flops='multiply-adds of one image', at_once='accuracy right after the cut')
+
+def _depth_picture(dfs, what):
+    text = f"Alpha (KS fit) of each layer of {what}, on a log scale: {', '.join(dfs)}."
+    return Picture(plot_depth(dfs, log=True), text, text)
 
 # %% ../nbs/55_demo.ipynb #9d72c8a1
-def _log_alpha(dfs):
-    "Alpha by depth on a log scale, for it is far larger before training than after."
-    ax = plot_depth(dfs)
-    ax.set(yscale='log')
-    return ax
-
 def demo_report(
     demo:Demo, # from `run_demo`
     layers:pd.DataFrame, # from `analyze_all` of the `demo_networks`
-    about:str='', # what was run, for the first paragraph
+    about:str='', # what was run, for a paragraph under the results
 )->str: # a whole HTML document
     "Tables and pictures of `demo` on one page."
     spectral, by = demo.rates[-1], dict(list(layers.groupby('network', sort=False)))
-    vgg, dense = ({k: v for k,v in by.items() if ('features.0' in set(v.name))==is_vgg} for is_vgg in (True, False))
-    return html_report('spectral_nb: measure, allocate, prune', about,
-        H2('Learning rates by layer'), 'Lowest and highest are factors on the schedule of the global rate; loss and accuracy are those of the validation images.', rates_table(demo),
-        'The factor of a layer follows its alpha at the start of the epoch: a larger alpha, a lighter tail, a larger step.', plot_epochs(spectral.detail, 'lr'),
-        H2('Layers of VGG19'), layers_table(spectral), _log_alpha(vgg), plot_best_esd(spectral),
-        H2('Pruning DenseNet40'), 'flops are multiply-adds of one image; at_once is the accuracy right after the cut, accuracy the one after fine-tuning.', prune_table(demo),
-        plot_kept(demo)[0], _log_alpha(dense))
+    is_vgg = {k: 'features.0' in set(v.name) for k,v in by.items()}
+    vgg, dense = ({k: v for k,v in by.items() if is_vgg[k]==side} for side in (True, False))
+    first, *more = demo_summary(demo)
+    rates = ('Learning rate of each layer in each epoch, on a logarithmic colour scale: it follows the '
+             'schedule, times the factor of the layer.')
+    best = 'The layer of VGG19 whose tail fits a power law best: density of its eigenvalues, and the fit.'
+    kept = 'Share of channels that each layer of DenseNet40 keeps, with uniform and with spectral ratios.'
+    return html_report('spectral_nb: measure, allocate, prune',
+        Div(P(B(first)), P(' '.join(more)), cls='verdict'), about, H2('Learning rates by layer'),
+        Table(rates_table(demo), 'VGG19 with one rate for all layers, and with a rate for each.', _ABOUT),
+        "The factor of a layer follows its alpha by Hill's fit at the start of the epoch: a larger "
+        'alpha, a lighter tail, a larger step.', Picture(plot_epochs(spectral.detail, log=True), rates, rates),
+        H2('Layers of VGG19'), Table(layers_table(spectral), 'VGG19 with spectral rates.', _ABOUT),
+        _depth_picture(vgg, 'VGG19'), Picture(plot_best_esd(spectral), caption=best),
+        H2('Pruning DenseNet40'), Table(prune_table(demo), 'Before and after the cut.', _ABOUT),
+        Picture(plot_kept(demo)[0], kept, kept), _depth_picture(dense, 'DenseNet40'))
