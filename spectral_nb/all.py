@@ -10,6 +10,7 @@ from .matrices import *
 from .tail import *
 from .goodness import *
 from .metrics import *
+from .null import *
 from .checkpoints import *
 from .plots import *
 from .report import *
@@ -17,6 +18,7 @@ from .model_report import *
 from .data import *
 from .models import *
 from .precision import *
+from .groups import *
 from .lr import *
 from .lr_callback import *
 from .baselines import *
@@ -24,8 +26,10 @@ from .ratios import *
 from .importance import *
 from .surgery import *
 from .prune import *
+from .slim import *
 from .prune_callback import *
 from .explain import *
+from .train import *
 from .experiment import *
 from .compare import *
 

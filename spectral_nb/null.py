@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'OFFSETS', 'HILLS', 'RELATIVE', 'METRICS', 'NULLS', 'mp_mean', 'noise_evals', 'Null', 'noise_null',
            'layer_null', 'shuffled_null', 'null_table', 'untrained', 'ShapeShare', 'shape_share']
 
-# %% ../nbs/02b_null.ipynb #9b599f54
+# %% ../nbs/02b_null.ipynb #fdb73991
 import warnings, numpy as np, pandas as pd, torch
 from copy import deepcopy
 from functools import lru_cache
@@ -19,7 +19,7 @@ from .matrices import esd, weight_matrices
 from .metrics import METRICS, PRECISE, layer_scores, metric_value, mp_median, shuffle_entries
 from .metrics import _check_metrics, _layer_columns, _read
 
-# %% ../nbs/02b_null.ipynb #9208c661
+# %% ../nbs/02b_null.ipynb #5f75ed3f
 def mp_mean(
     f, # function of an eigenvalue
     q:float, # shorter over longer side of the matrix, in (0, 1]
@@ -32,7 +32,7 @@ def mp_mean(
     start = 1e-9 if lo is None else np.arcsin(((lo-a)/(b-a))**0.5)
     return quad(lambda t: f(at(t))*density(t), start, np.pi/2)[0]
 
-# %% ../nbs/02b_null.ipynb #838d6403
+# %% ../nbs/02b_null.ipynb #a3152bdf
 @lru_cache(None)
 def _hill_index(q):
     m = mp_median(q)
@@ -53,7 +53,7 @@ LIMITS = dict(                                           # metric of large noise
 OFFSETS = dict(alpha=1.)                                 # what is taken off before values are compared
 HILLS = 'hill', 'tempbalance'                            # fits whose exponent has a limit
 
-# %% ../nbs/02b_null.ipynb #4eeb195f
+# %% ../nbs/02b_null.ipynb #e8b5b6fc
 def _tridiagonals(n, N, M, rng):
     "Diagonals, shape (n, M), and next ones, shape (n, M-1), of matrices with the eigenvalues of noise."
     a = rng.chisquare(np.arange(N, N-M, -1), (n, M))
@@ -77,7 +77,7 @@ def noise_evals(
         return np.linalg.eigvalsh(full)
     return np.stack([eigvalsh_tridiagonal(d, e, lapack_driver='sterf', check_finite=False) for d,e in zip(diag, off)])
 
-# %% ../nbs/02b_null.ipynb #0307ad00
+# %% ../nbs/02b_null.ipynb #a7460b48
 class Null(NamedTuple):
     "A metric of noise."
     mean:float # over the draws, less the metric's offset
@@ -102,7 +102,7 @@ def _drawn(metric, fit, rf, N, M, seed):
     evals = torch.from_numpy(np.sort(noise_evals(n*rf, N, M, seed).reshape(n, -1), axis=1))
     return _summary([_metric_of(e, metric, fit, rf, N, M) for e in evals], metric)
 
-# %% ../nbs/02b_null.ipynb #d15b23ff
+# %% ../nbs/02b_null.ipynb #360f2b0c
 _SIDE = 64
 _RATES = dict(stable_rank=2/3)                           # how fast noise comes to its limit: a power of 1/M
 
@@ -123,7 +123,7 @@ def noise_null(
     shrink = (_SIDE/M)**_RATES.get(metric, 1)
     return Null(limit*(1 + (drawn.mean/limit_small-1)*shrink), limit*drawn.sd/limit_small*shrink)
 
-# %% ../nbs/02b_null.ipynb #5d5fd980
+# %% ../nbs/02b_null.ipynb #6a47b215
 @lru_cache(None)
 def _source_shape(shape, conv, aspect):
     "Number and sides of the matrices of a weight of that shape; None if they are complex or cannot be told from the shape."
@@ -150,7 +150,7 @@ def layer_null(
     size = _source_shape(*source) if source else (rf, N, M)
     return noise_null(metric, *size, fit) if size else _drawn_through(metric, fit, *source, rf, N, M)
 
-# %% ../nbs/02b_null.ipynb #0c8173bb
+# %% ../nbs/02b_null.ipynb #c0f9f2d5
 def _relative(metric, value, *layer): return (value-OFFSETS.get(metric, 0))/layer_null(metric, *layer).mean
 
 def _z(metric, value, *layer):
@@ -167,7 +167,7 @@ METRICS |= dict(
     z_stable_rank   = lambda stable_rank, rf, N, M, source=None: _z('stable_rank', stable_rank, 'hill', rf, N, M, source))
 PRECISE.add('rel_entropy')
 
-# %% ../nbs/02b_null.ipynb #75a13095
+# %% ../nbs/02b_null.ipynb #f5565f09
 def shuffled_null(
     w:Tensor, # matrices, shape (b, m, n)
     metric:str, # a key of `METRICS`
@@ -217,7 +217,7 @@ def null_table(
         rows.append(dict(name=name) | size | {metric: value} | own | dict(warning=why))
     return pd.DataFrame(rows)
 
-# %% ../nbs/02b_null.ipynb #fead67ab
+# %% ../nbs/02b_null.ipynb #3cd78365
 def _reset(m):
     "Draws the own parameters of the module `m` anew, if it knows how."
     f = getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)
@@ -229,6 +229,11 @@ def _shuffle_in_place(p, gen):
     order = torch.randperm(p.numel(), generator=gen).to(p.device)
     p.copy_(p.flatten()[order].view_as(p))
 
+def _computed(model):
+    "Copies of tensors that hooks computed from others (weight norm), which `deepcopy` refuses, by their identity."
+    tensors = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    return {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
+
 @torch.no_grad()
 def untrained(
     model:nn.Module, # any network, left as it is
@@ -237,7 +242,7 @@ def untrained(
     "The untrained twin of `model`: the same architecture, every module's initialization drawn anew."
     if not isinstance(model, nn.Module):
         raise TypeError(f"a {type(model).__name__} of tensors does not say how its layers are initialized: give the network itself")
-    twin, gen = deepcopy(model), torch.Generator().manual_seed(seed)
+    twin, gen = deepcopy(model, _computed(model)), torch.Generator().manual_seed(seed)
     devices = {p.device.index for p in twin.parameters() if p.device.type=='cuda'}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
@@ -248,7 +253,7 @@ def untrained(
                 if torch.equal(p, old): _shuffle_in_place(p, gen)
     return twin
 
-# %% ../nbs/02b_null.ipynb #30bfd598
+# %% ../nbs/02b_null.ipynb #253ab4db
 class ShapeShare(NamedTuple):
     "How far the shape of the layers decides their order by a metric."
     tau:float    # Kendall's tau between the metric and its null
