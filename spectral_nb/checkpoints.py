@@ -293,7 +293,9 @@ class _File:
 
     def check(self, f=None):
         "An error if the file is no longer what it was; `f` is the file, open."
-        try: same = all(_stamp(o)==self.stamp for o in (os.stat(self.path), *([os.fstat(f.fileno())] if f else [])))
+        try:
+            seen = [os.stat(self.path)] + ([os.fstat(f.fileno())] if f else [])
+            same = all(_stamp(o)==self.stamp for o in seen)
         except OSError: same = False
         if not same: raise _Changed(f"{self.name} changed while it was read: load it again")
 
@@ -320,8 +322,10 @@ class TensorFiles(Mapping):
     def __len__(self): return len(self.where)
     def __repr__(self):
         return f"{len(self)} tensors in {_some(sorted({p.name for p in self.where.values()}))}"
-    def __getstate__(self): return self.__dict__ | dict(files={}, where={k: p.absolute() for k,p in self.where.items()},
-                                                        stamps={p.absolute(): s for p,s in self.stamps.items()})
+    def __getstate__(self):
+        where = {k: p.absolute() for k,p in self.where.items()}
+        stamps = {p.absolute(): s for p,s in self.stamps.items()}
+        return self.__dict__ | dict(files={}, where=where, stamps=stamps)
 
     def _file(self, path):
         if path not in self.files: self.files[path] = _File(path, self.key, self.stamps.get(path))
@@ -401,7 +405,8 @@ def _folder_files(path):
     for end in ends:
         found = [p for p in path.iterdir() if p.name.endswith(end) and not _SIDE.fullmatch(p.name)]
         if found: return sorted(found, key=natural_order)
-    raise ValueError(f"the folder {_short(path, 300)} holds no {', '.join(FORMATS)} file of weights and no {_INDEX} of them")
+    raise ValueError(f"the folder {_short(path, 300)} holds no {', '.join(FORMATS)} file of weights "
+                     f"and no {_INDEX} of them")
 
 # %% ../nbs/03_checkpoints.ipynb #562aae98
 def _merge_files(paths, key):
@@ -410,8 +415,8 @@ def _merge_files(paths, key):
     for p in paths:
         for k in res._file(p).table:
             if k in res.where:
-                raise ValueError(f"tensor {_short(k)!r} is both in {_short(res.where[k], 300)} and in {_short(p.name)}: "
-                                 "name one of the files instead of the folder")
+                raise ValueError(f"tensor {_short(k)!r} is both in {_short(res.where[k], 300)} "
+                                 f"and in {_short(p.name)}: name one of the files instead of the folder")
             res.where[k] = p
     if len(paths)>1: res.where = {k: res.where[k] for k in sorted(res.where, key=natural_order)}
     return res
@@ -425,7 +430,9 @@ def load_weights(
     path = Path(path)
     paths = _folder_files(path) if path.is_dir() else [path]
     if paths[0].name.endswith(_INDEX):
-        if len(paths)>1: raise ValueError(f"{_short(path, 300)} holds {len(paths)} models: name one of {_some([p.name for p in paths])}")
+        if len(paths)>1:
+            names = _some([p.name for p in paths])
+            raise ValueError(f"{_short(path, 300)} holds {len(paths)} models: name one of {names}")
         if not paths[0].is_file(): raise FileNotFoundError(f"there is no file {_short(paths[0], 300)}")
         res = _check_shards(TensorFiles(_read_index(paths[0]), key), paths[0])
     else: res = _merge_files(paths, key)

@@ -290,13 +290,14 @@ def _real(shape): return [n for n in shape if n!=1]
 
 def _is_integer(w): return not (w.is_floating_point() or w.is_complex())
 def _is_small(w): return w.ndim>1 and _is_quantized(w) and w.dtype not in (torch.int64, torch.bool)
+def _any_small(near): return any(map(_is_small, near.values()))
 
 _NO_MATRIX = {
     'a bias, not a matrix': lambda name, w, near: name=='bias' or name.endswith('_bias'),
     'a table of constants, not trained': lambda name, w, near: _TABLE.fullmatch(name),
     'integers, such as an index, a mask or packed numbers': lambda name, w, near: _is_integer(w),
     'a vector: all but one of its dimensions are 1': lambda name, w, near: len(_real(w.shape))<2,
-    'the scale of quantized weights': lambda name, w, near: _SCALE.fullmatch(name) and any(map(_is_small, near.values()))}
+    'the scale of quantized weights': lambda name, w, near: _SCALE.fullmatch(name) and _any_small(near)}
 
 def _no_matrix(name, w, near):
     "Why the tensor called `name` is no matrix, or ''."
