@@ -18,7 +18,8 @@ from fastai.optimizer import Lamb, Optimizer, SGD, average_grad, larc_layer_lr, 
 from fastai.torch_core import get_model
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .lr import group_layers, layer_groups
+from .groups import group_layers, layer_groups
+from .lr_callback import HyperCallback
 from .matrices import effective_weight, esd, weight_layers
 from .metrics import evb_rank, knowledge_gain, _check_known
 
@@ -102,7 +103,7 @@ def adas_rate(
     return np.where(np.isclose(gain, 0), start, np.maximum(beta*np.asarray(lr) + zeta*(np.asarray(gain)-before), 1e-10))
 
 # %% ../nbs/22_baselines.ipynb #1206985e
-class AdaS(Callback):
+class AdaS(HyperCallback):
     "Sets the rate of each layer, epoch by epoch, by the change of its knowledge gain."
     order,run_valid = ParamScheduler.order+1,False
     def __init__(self,
@@ -129,8 +130,13 @@ class AdaS(Callback):
         if self._gains is not None: self._rates = adas_rate(self._rates, gains, self._gains, self._start, self.beta, self.zeta)
         self._gains = gains
 
-    def after_fit(self):
+    def restore(self):
+        "Puts the given rates back."
         if self._start is not None: self.opt.set_hyper('lr', self._start.tolist())
+
+    def after_fit(self):
+        self.restore()
+        super().after_fit()
 
     @property
     def history(self):

@@ -103,12 +103,12 @@ def assign_lr(
 def _owner(name, layers):
     "The layer of the model that the matrix called `name` is in: the longest of its prefixes."
     prefixes = list(accumulate(name.split('.'), '{}.{}'.format))
-    return next((p for p in reversed(prefixes) if p in layers), '(model)')
+    return next((p for p in [*reversed(prefixes), '(model)'] if p in layers), None)
 
 def _join_texts(ws): return '; '.join(dict.fromkeys(filter(None, ws)))
 
 def _per_layer(df, layers):
-    "Rows of `df` by layer of the model."
+    "Rows of `df` by layer of the model, without parameters that are in no layer."
     how = dict(score='mean', num_evals='min', warning=_join_texts, doubt=_join_texts)
     df = df.assign(name=[_owner(n, layers) for n in df.name])
     return df.groupby('name', sort=False, as_index=False).agg(how)
@@ -358,7 +358,7 @@ def _check_times(period, every, ramp, smooth, blocks):
         raise ValueError(f"blocks={blocks}: a block is named by 1 or more parts "
                          "of the layer's name")
 
-# %% ../nbs/20b_lr.ipynb #c3500b4d
+# %% ../nbs/20b_lr.ipynb #5dfce872
 PRESETS = dict(tempbalance=dict(metric='alpha', fit='hill', conv='pool', how='linear', lo=0.5,
                                 hi=1.5, skip_first_last=True, min_evals=50, period=1))
 
@@ -407,7 +407,7 @@ def _check_wrapper(outer, inner):
                      f"{type(inner).__name__} in it, so it is not clear whose rates are used: "
                      "give SpectralScheduler the one that schedulers write to")
 
-# %% ../nbs/20b_lr.ipynb #55995bba
+# %% ../nbs/20b_lr.ipynb #506a49b9
 def _check_groups(optimizer, hyper):
     groups = optimizer.param_groups
     if hyper not in groups[0]:

@@ -6,10 +6,11 @@ from torch import nn
 from torch.optim import lr_scheduler as sched
 from torchvision import models as tv
 from fastai.basics import Adam, Callback, Learner, OptimWrapper, Path, SGD, load_learner, ranger
-from fastai.callback.all import (CancelBatchException, CancelEpochException, EarlyStoppingCallback, GradientAccumulation, MixedPrecision, ParamScheduler, ReduceLROnPlateau,
+from fastai.callback.all import (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
+                                 EarlyStoppingCallback, GradientAccumulation, MixedPrecision, ParamScheduler, ReduceLROnPlateau,
                                  SaveModelCallback, SchedLin, combined_cos)
 from spectral_nb.data import digits_dls
-from spectral_nb.lr import SpectralScheduler, assign_lr, group_layers, layer_groups
+from spectral_nb.lr import ASSIGN, SpectralScheduler, assign_lr, group_layers, layer_groups
 from spectral_nb.lr_callback import SpectralLR, SpectralWD
 from spectral_nb.metrics import layer_scores
 from spectral_nb.models import densenet40, vgg19
@@ -509,3 +510,285 @@ def test_a_warmup_may_begin_at_zero():
     learn, rec = make(cbs=SpectralLR()), UsedRates()
     learn.fit(EPOCHS, cbs=[ParamScheduler({'lr': SchedLin(0., LR)}), rec])
     np.testing.assert_allclose(rec.seen, (LR*np.arange(EPOCHS*BATCHES)/(EPOCHS*BATCHES))[:, None]*multipliers(learn, EPOCHS), rtol=1e-9)
+
+# however a fit ends
+
+EXCEPTIONS = [KeyboardInterrupt, SystemExit, RuntimeError, CancelBatchException, CancelEpochException, CancelTrainException, CancelValidException, CancelFitException,
+              CancelStepException, CancelBackwardException]
+EVENTS = ['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch',
+          'after_train', 'before_validate', 'after_validate', 'after_epoch', 'after_fit']
+
+class Raise(Callback):
+    "Raises `ex` once, in the second epoch where there is one, before or after the callbacks of the test."
+    def __init__(self, event, ex, order): self.event, self.ex, self.order, self.done = event, ex, order, False
+    def __call__(self, event):
+        late = event=='before_fit' or (self.learn.epoch>0 and (not self.training or event not in ('before_batch', 'after_batch', 'before_step') or self.iter==1))
+        if event==self.event and late and not self.done: self.done = True; raise self.ex
+
+def ended(event, ex, order, cbs):
+    "The hyper-parameters after a fit that was stopped, and after another one."
+    learn = make(partial(SGD, mom=0.9), wd=None)
+    learn.create_opt()
+    learn.opt.set_hypers(wd=0.03)
+    seen, stop = [], Raise(event, ex, order)
+    try: learn.fit(3, slice(LR/16, LR), cbs=[*cbs, stop])
+    except tuple(EXCEPTIONS): pass
+    assert stop.done
+    seen.append([dict(h) for h in learn.opt.hypers])
+    learn.fit(1, LR, cbs=(rec := UsedRates()))
+    return seen + [[dict(h) for h in learn.opt.hypers], rec.seen], learn
+
+@pytest.mark.parametrize('order', [-20, 59, 75])
+@pytest.mark.parametrize('event', EVENTS)
+def test_hypers_go_back_however_a_fit_ends(event, order):
+    "As if there had been no callback: what is left in the optimizer, and what the next fit uses."
+    for ex in EXCEPTIONS:
+        plain, _ = ended(event, ex, order, [])
+        used, learn = ended(event, ex, order, [SpectralLR(), SpectralWD()])
+        assert used==plain, ex
+        assert 'all_batches' not in learn.__dict__ or event in ('before_epoch', 'before_train')
+
+@pytest.mark.parametrize('where', ['forward', 'step', 'data'])
+def test_interrupts_outside_of_events(where):
+    learn = make(cbs=[SpectralLR(), SpectralWD()], wd=None)
+    learn.create_opt()
+    learn.opt.set_hypers(wd=0.03)
+    count = iter(range(100))
+    def stop(*args, **kwargs):
+        if next(count)==7: raise KeyboardInterrupt
+        return old(*args, **kwargs)
+    if where=='forward': old, learn.model.forward = learn.model.forward, stop
+    elif where=='step': old, learn.opt.step = learn.opt.step, stop
+    else: old, learn.one_batch = learn.one_batch, stop
+    with pytest.raises(KeyboardInterrupt): learn.fit(3)
+    assert [h['wd'] for h in learn.opt.hypers]==[0.03]*5 and [h['lr'] for h in learn.opt.hypers]==[LR]*5
+    assert not learn.spectral_lr.history.empty and 'all_batches' not in learn.__dict__
+
+# cost over a long run
+
+def test_cost_of_an_epoch_is_flat():
+    "The calls of an epoch's events, and the memory that an epoch adds, do not grow over 2,000 epochs."
+    import tracemalloc
+    learn = make(cbs=SpectralLR(period=10**6))
+    learn.fit(1)
+    cb, counts, sizes = learn.spectral_lr, {}, {}
+    learn.opt.set_hypers(lr=LR); cb.before_fit()
+    class TensorBoardCallback(Callback): writer, train_iter = FakeBoard(), 0
+    learn.add_cb(TensorBoardCallback())
+    tracemalloc.start()
+    for epoch in range(2000):
+        learn.epoch, n = epoch, [0]
+        def count(frame, event, arg): n[0] += event=='call'
+        if epoch%500==100: sys.setprofile(count)
+        cb.before_train()
+        for _ in range(2): cb.before_batch(); cb.after_batch()
+        cb.after_train()
+        sys.setprofile(None)
+        learn.tensor_board.writer.seen.clear()
+        if epoch%500==100: counts[epoch], sizes[epoch] = n[0], tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(set(counts.values()))==1 and len(cb.history)==5*2000
+    assert (sizes[1600]-sizes[100])/1500<3000                            # bytes an epoch
+
+# steps, ramps and controls over time
+
+@pytest.mark.parametrize('every, ramp', [(1, 0), (3, 0), (4, 3), (7, 7), (None, 4), (None, 8)])
+@pytest.mark.parametrize('kind', ['callback', 'scheduler'])
+def test_rate_of_every_step(kind, every, ramp):
+    "Schedule times multiplier, the multipliers by their formula from the scores of the weights when they were read."
+    scores, looks, kw = [], [], dict(every=every, ramp=ramp)
+    if kind=='callback':
+        class Scores(Callback):
+            order = 70
+            def before_batch(self):
+                if self.training and self.train_iter%(every or BATCHES)==0: scores.append(layer_scores(self.model).score.to_numpy())
+        learn, rec = make(cbs=SpectralLR(**kw)), UsedRates()
+        learn.fit_one_cycle(EPOCHS, LR, cbs=[rec, Scores()])
+        n, used, h = EPOCHS*BATCHES, np.array(rec.seen), learn.spectral_lr.history
+        base = np.array([SCHEDULES['fit_one_cycle'](i/n) for i in range(n)])
+    else:
+        net, opt, s, spec = torch_parts(TORCH['exponential'], None)
+        used, n = [], EPOCHS*BATCHES
+        def look(opt, *a):
+            if len(used)%(every or BATCHES)==0: scores.append(layer_scores(net).score.to_numpy())
+        opt.register_step_pre_hook(look)
+        spec = SpectralScheduler(opt, net, **kw)
+        opt.register_step_pre_hook(lambda opt, *a: used.append([g['lr'] for g in opt.param_groups]))
+        for step in range(n):
+            opt.zero_grad(); net(torch.randn(4, 24)).square().mean().backward(); opt.step()
+            if step%BATCHES==BATCHES-1: s.step(); spec.step()
+        used, base, h = np.array(used), 0.1*0.8**(np.arange(n)//BATCHES), spec.history
+    old, mults = np.ones(5), []
+    for x in scores:
+        new = np.ones(5)
+        new[1:-1] = np.interp(x[1:-1], [x[1:-1].min(), x[1:-1].max()], [0.5, 1.5])
+        seen = [old + (min(1, (j+1)/ramp) if ramp else 1)*(new-old) for j in range(every or BATCHES)]
+        mults += seen
+        old = seen[-1]
+    np.testing.assert_allclose(used, base[:, None]*np.array(mults)[:n], rtol=1e-9 if kind=='callback' else 1e-12)
+    means = (h.lr*1).to_numpy().reshape(-1, 5)
+    starts = h.step.unique() if every else np.arange(0, n, BATCHES)
+    np.testing.assert_allclose(means, [used[a:b].mean(0) for a,b in zip(starts, [*starts[1:], n])], rtol=1e-9)
+
+def test_frozen_multipliers_stay_and_are_resumed():
+    for kw in (dict(), dict(warmup=2), dict(how=partial(ASSIGN['frozen'], of='step'))):
+        learn, rec = make(partial(SGD, mom=0.9), SpectralLR(**dict(how='frozen')|kw)), UsedRates()
+        learn.fit(4, 0.1, cbs=rec)
+        h, first = learn.spectral_lr.history, kw.get('warmup', 0)
+        m, s = h.mult.to_numpy().reshape(4, 5), h.score.to_numpy().reshape(4, 5)
+        assert (m[:first]==1).all() and (m[first:]==m[first]).all() and len({*map(tuple, s)})==4
+        np.testing.assert_allclose(m[first, 1:-1], assign_lr(s[first, 1:-1], 1., 'step' if 'how' in kw else 'linear'), rtol=1e-12)
+        np.testing.assert_allclose(rec.seen, 0.1*m.repeat(BATCHES, 0), rtol=1e-12)
+        other = SpectralLR(**dict(how='frozen')|kw)
+        other.load_state_dict(learn.spectral_lr.state_dict())
+        other.alloc.reset(3)
+        assert other.alloc.look(learn.model, group_layers(learn.model, layer_groups(learn.model)), 3).tolist()==m[3].tolist()
+
+def test_untrained_multipliers_are_those_of_the_twin():
+    null = pytest.importorskip('spectral_nb.null')
+    learn, rec = make(cbs=SpectralLR(how='untrained')), UsedRates()
+    learn.fit(EPOCHS, 0.1, cbs=rec)
+    scores = [layer_scores(null.untrained(learn.model, e)).score for e in range(EPOCHS)]
+    h = learn.spectral_lr.history
+    np.testing.assert_allclose(h.score, np.concatenate(scores), rtol=1e-12)
+    np.testing.assert_allclose(h.mult.to_numpy().reshape(EPOCHS, 5)[:, 1:-1], [assign_lr(s[1:-1], 1.) for s in scores], rtol=1e-12)
+
+def test_short_spectra_stay_out():
+    learn = make(cbs=SpectralLR(min_evals=30))
+    learn.fit(1)
+    assert learn.spectral_lr.history.note.tolist()==['first or last layer', '', '', '24 eigenvalues, fewer than 30', 'first or last layer']
+
+def test_windows_reach_the_scores():
+    learn = make(cbs=[SpectralLR(aspect=0.5), SpectralWD(aspect=0.5)], wd=0.1)
+    expected = layer_scores(learn.model, aspect=0.5).score.tolist()
+    learn.fit(1)
+    assert learn.spectral_lr.history.score.tolist()==learn.spectral_wd.history.score.tolist()==expected!=layer_scores(learn.model).score.tolist()
+
+# groups of other makes
+
+def test_groups_added_later():
+    "A group that joins has its layer's multiplier from the next step on; nothing is lost or compounds."
+    for when in ('after step()', 'between batches'):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[nn.Linear(24, 24) for _ in range(5)])
+        groups = layer_groups(net)
+        opt = torch.optim.SGD([dict(params=ps) for ps in groups[1:]], lr=0.1)
+        s = sched.ExponentialLR(opt, 0.5)
+        spec, used = SpectralScheduler(opt, net, skip_first_last=False), []
+        opt.register_step_pre_hook(lambda opt, *a: used.append([g['lr'] for g in opt.param_groups]))
+        def step(): opt.zero_grad(); net(torch.randn(4, 24)).square().mean().backward(); opt.step()
+        step(); s.step(); spec.step()
+        if when=='between batches': step()
+        opt.add_param_group(dict(params=groups[0], lr=0.05))
+        step(); s.step(); spec.step(); step()
+        m = spec.history.set_index(['epoch', 'layer']).mult
+        of = lambda e: m[e][['1', '2', '3', '4', '0']].to_numpy()
+        np.testing.assert_allclose(used[-2], [0.05]*5*np.r_[of(1)[:4], 1.], rtol=1e-12)                     # layer 0 was not in the optimizer when read
+        np.testing.assert_allclose(used[-1], 0.025*of(2), rtol=1e-12)
+        assert set(m[2])>={0.5, 1.5} and spec.history.query("epoch==1 and layer=='0'").note.item()=='not in the optimizer'
+        spec.remove()
+        np.testing.assert_allclose([g['lr'] for g in opt.param_groups], [0.025]*5, rtol=1e-12)
+
+def test_a_bad_group_added_later_is_named_before_a_step():
+    net = nn.Sequential(*[nn.Linear(24, 24) for _ in range(5)])
+    groups = layer_groups(net)
+    opt = torch.optim.SGD([dict(params=ps) for ps in groups[:3]], lr=0.1)
+    SpectralScheduler(opt, net)
+    before = net[0].weight.clone()
+    opt.add_param_group(dict(params=groups[3]+groups[4]))
+    net(torch.randn(4, 24)).sum().backward()
+    with pytest.raises(ValueError, match=r'group 3 holds 2 layers \(3, 4\)'): opt.step()
+    assert torch.equal(net[0].weight, before)
+
+def test_weights_and_biases_in_groups_of_their_own():
+    "Both have their layer's rate, and only weights decay."
+    net = mlp()
+    split = [ps for g in layer_groups(net) for ps in ([p for p in g if p.ndim>1], [p for p in g if p.ndim<2]) if ps]
+    opt = torch.optim.AdamW([dict(params=ps, weight_decay=0.1 if ps[0].ndim>1 else 0.) for ps in split], lr=0.1)
+    lr, wd = SpectralScheduler(opt, net), SpectralScheduler(opt, net, hyper='weight_decay')
+    net(torch.randn(8, 64)).sum().backward(); opt.step()
+    m = dict(zip(lr.history.layer, lr.history.mult))
+    held = group_layers(net, split)
+    np.testing.assert_allclose(lr.get_last_lr(), [0.1*m[k] for k in held], rtol=1e-12)
+    np.testing.assert_allclose(wd.get_last_lr(), [0.1*m[k]*(ps[0].ndim>1) for k,ps in zip(held, split)], rtol=1e-12)
+    np.testing.assert_allclose(wd.history.weight_decay, 0.1*wd.history.mult, rtol=1e-12)
+    learn, rec = make(cbs=SpectralLR(), model=mlp, splitter=lambda net: [ps for g in layer_groups(net) for ps in ([p for p in g if p.ndim>1], [p for p in g if p.ndim<2]) if ps]), UsedRates()
+    learn.fit(EPOCHS, LR, cbs=rec)
+    cols = [list(dict.fromkeys(held)).index(k) for k in held]
+    np.testing.assert_allclose(rec.seen, LR*multipliers(learn, EPOCHS)[:, cols], rtol=1e-12)
+
+class Accelerated(torch.optim.Optimizer):
+    "As in Accelerate: a subclass without `super().__init__` whose groups are a property."
+    def __init__(self, optimizer): self.optimizer = optimizer
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+    def step(self, closure=None): self.optimizer.step(closure)
+    def zero_grad(self, set_to_none=True): self.optimizer.zero_grad(set_to_none)
+    def state_dict(self): return self.optimizer.state_dict()
+
+class Looking(torch.optim.Optimizer):
+    "As in torch-optimizer's Lookahead: every third step goes half the way back."
+    def __init__(self, optimizer): self.optimizer, self.param_groups, self.state, self.n, self.slow = optimizer, optimizer.param_groups, {}, 0, None
+    def step(self, closure=None):
+        ps = [p for g in self.param_groups for p in g['params']]
+        self.slow = self.slow or [p.detach().clone() for p in ps]
+        self.optimizer.step(closure); self.n += 1
+        if self.n%3==0:
+            for p,q in zip(ps, self.slow): q.lerp_(p.detach(), 0.5); p.data.copy_(q)
+    def zero_grad(self, set_to_none=True): self.optimizer.zero_grad(set_to_none)
+
+WRAPPERS = dict(accelerate=Accelerated, lookahead=Looking, both=lambda o: Accelerated(Looking(o)), optimwrapper=lambda o: OptimWrapper(opt=o))
+
+@pytest.mark.parametrize('name', WRAPPERS)
+def test_wrapped_optimizers(name):
+    "In the scheduler and in the callback: the inner steps use schedule times multiplier."
+    torch.manual_seed(0)
+    net, used = nn.Sequential(*[nn.Linear(24, 24) for _ in range(5)]), []
+    inner = torch.optim.SGD([dict(params=ps) for ps in layer_groups(net)], lr=0.1)
+    wrapped = WRAPPERS[name](inner)
+    spec = SpectralScheduler(wrapped, net)
+    inner.register_step_pre_hook(lambda opt, *a: used.append([g['lr'] for g in opt.param_groups]))
+    for epoch in range(4):
+        net(torch.randn(4, 24)).square().mean().backward(); wrapped.step(); wrapped.zero_grad()
+        for g in inner.param_groups: g['lr'] *= 0.5
+        spec.step()
+    np.testing.assert_allclose(used, 0.1*0.5**np.arange(4)[:, None]*spec.history.mult.to_numpy().reshape(4, 5), rtol=1e-12)
+    with pytest.raises(ValueError, match='two SpectralScheduler'): SpectralScheduler(WRAPPERS[name](inner), net)
+    if name=='optimwrapper': return
+    def opt_func(params, lr): return OptimWrapper(opt=WRAPPERS[name](torch.optim.SGD([dict(params=list(ps)) for ps in params], lr=lr)))
+    learn, rec = make(opt_func, SpectralLR()), UsedRates()
+    learn.fit_one_cycle(EPOCHS, LR, cbs=rec)
+    n = EPOCHS*BATCHES
+    np.testing.assert_allclose(rec.seen, np.array([SCHEDULES['fit_one_cycle'](i/n) for i in range(n)])[:, None]*multipliers(learn, EPOCHS), rtol=1e-9)
+
+def test_what_is_no_torch_optimizer():
+    net = nn.Sequential(*[nn.Linear(24, 24) for _ in range(3)])
+    with pytest.raises(ValueError, match='in a Learner of fastai use SpectralLR'): SpectralScheduler(SGD(layer_groups(net), lr=0.1), net)
+    with pytest.raises(ValueError, match='in a Learner of fastai use SpectralLR'): SpectralScheduler(ranger(layer_groups(net), lr=0.1), net)
+    class Own(Looking):
+        def __init__(self, optimizer): super().__init__(optimizer); self.param_groups = [dict(g) for g in optimizer.param_groups]
+    opt = torch.optim.SGD([dict(params=ps) for ps in layer_groups(net)], lr=0.1)
+    with pytest.raises(ValueError, match='Own has parameter groups of its own beside those of the SGD'): SpectralScheduler(Own(opt), net)
+
+def test_an_exception_in_a_torch_step():
+    net, opt, s, spec = torch_parts(TORCH['exponential'], True)
+    def closure(): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): opt.step(closure)
+    used = []
+    opt.register_step_pre_hook(lambda opt, *a: used.append([g['lr'] for g in opt.param_groups]))
+    s.step(); spec.step()
+    net(torch.randn(4, 24)).sum().backward(); opt.step()
+    np.testing.assert_allclose(used[0], 0.08*spec.history.mult[-5:], rtol=1e-12)
+    spec.remove()
+    np.testing.assert_allclose([g['lr'] for g in opt.param_groups], [0.08]*5, rtol=1e-12)
+
+def test_states_of_earlier_versions():
+    "A history that was saved as tables goes on."
+    learn = make(cbs=SpectralLR(smooth=0.5))
+    learn.fit(2)
+    state = learn.spectral_lr.state_dict()
+    old = dict(epochs=[dict(epoch=o['epoch'], n=o['n'], total=o['total'], table={k: o[k] for k in ('layer', 'score', 'note', 'mult')}) for o in state['epochs']])
+    new = SpectralLR(smooth=0.5)
+    new.load_state_dict(old)
+    pd.testing.assert_frame_equal(new.history, learn.spectral_lr.history)
+    assert new.state_dict()==state
