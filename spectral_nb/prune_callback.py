@@ -239,7 +239,7 @@ def _load_opt(opt, path):
     slow = [tensors.pop(f'slow.{i}') for i in range(sum(k.startswith('slow.') for k in tensors))]
     for k,t in tensors.items():
         i, name = k.split('.', 1)
-        if t.shape!=ps[int(i)].shape: raise ValueError(f"{path}: {name} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(ps[int(i)].shape)}: use the same splitter")
+        if t.ndim and t.shape!=ps[int(i)].shape: raise ValueError(f"{path}: {name} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(ps[int(i)].shape)}: use the same splitter")
         state[int(i)][name] = t.to(ps[int(i)].device).clone(memory_format=torch.preserve_format)
     sd = dict(state=state, hypers=json.loads(meta['hypers']))
     if isinstance(opt, Lookahead):
