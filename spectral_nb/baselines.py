@@ -125,7 +125,8 @@ class AdaS(HyperCallback):
 
     def after_train(self):
         layers = weight_layers(get_model(self.model))
-        gains = np.array([layer_gain(effective_weight(layers[k])) if k else 0. for k in self._held])
+        single = [k and isinstance(getattr(layers[k], 'weight', None), Tensor) for k in self._held] # not several, as in an LSTM
+        gains = np.array([layer_gain(effective_weight(layers[k])) if ok else 0. for k,ok in zip(self._held, single)])
         self._log += [dict(epoch=self.epoch, layer=k, gain=g, lr=r) for k,g,r in zip(self._held, gains, self._rates) if k]
         if self._gains is not None: self._rates = adas_rate(self._rates, gains, self._gains, self._start, self.beta, self.zeta)
         self._gains = gains

@@ -111,6 +111,7 @@ def _per_layer(df, layers):
     "Rows of `df` by layer of the model, without parameters that are in no layer."
     how = dict(score='mean', num_evals='min', warning=_join_texts, doubt=_join_texts)
     df = df.assign(name=[_owner(n, layers) for n in df.name])
+    df = df[df.name.isin(list(layers))]                  # a parameter without a layer has no group of its own
     return df.groupby('name', sort=False, as_index=False).agg(how)
 
 # %% ../nbs/20b_lr.ipynb #e3c06d77
@@ -359,7 +360,7 @@ def _check_times(period, every, ramp, smooth, blocks):
                          "of the layer's name")
 
 # %% ../nbs/20b_lr.ipynb #5dfce872
-PRESETS = dict(tempbalance=dict(metric='alpha', fit='hill', conv='pool', how='linear', lo=0.5,
+PRESETS = dict(tempbalance=dict(metric='alpha', fit='tempbalance', conv='pool', how='linear', lo=0.5,
                                 hi=1.5, skip_first_last=True, min_evals=50, period=1))
 
 # %% ../nbs/20b_lr.ipynb #4f6b90dc
