@@ -18,7 +18,7 @@ from scipy.stats import gamma
 from torch import Tensor
 from fastprogress.fastprogress import progress_bar
 from .matrices import _esds, esd, select_layers, weight_matrices, _layers, _no_layer, _weights
-from .tail import TAILS, fit_tail, weight_rounding
+from .tail import EVALS_RTOL, SINGLE_RTOL, TAILS, fit_tail, weight_rounding
 
 # %% ../nbs/02_metrics.ipynb #9f4bdf73
 def effective_rank(
@@ -229,7 +229,7 @@ def _bad_weights(w):
     return 'weights beyond 1e150, whose squares no number holds' if max(-lo, hi)>1e150 else ''
 
 # %% ../nbs/02_metrics.ipynb #9972c86c
-_KNOWN = 'N', 'M', 'rf', 'rounding', 'source'            # what metrics may ask of a layer beside its eigenvalues
+_KNOWN = 'N', 'M', 'rf', 'rounding', 'rtol', 'source'            # what metrics may ask of a layer beside its eigenvalues
 
 def _layer_metrics(evals, columns, place, method):
     "The `columns` of a layer with the eigenvalues `evals`, and a `warning`."
@@ -304,7 +304,7 @@ def _read(model, layers, conv, aspect, randomize=False, seed=0, refs=()):
         if not isinstance(w, Tensor):
             if w: yield _place(name, m) | dict(warning=w), None
             continue
-        far = _distance(w, refs[name][1]()) if name in refs else {}
+        far = _distance(w, refs[name][1]()) if name in refs and not refs[name][2] else {}
         place = _place(name, m) | far | dict(rounding=weight_rounding(w.dtype))
         w = _without_zeros(w)
         place['source'] = tuple(w.shape), conv, aspect
@@ -387,6 +387,7 @@ def _layer_columns(model, columns, fit, conv, layers=None, aspect=None):
         if np.isnan(place['N']):
             skipped[place['name']] = place['warning']
             continue
+        place['rtol'] = SINGLE_RTOL if dtype is torch.float32 else EVALS_RTOL
         res = dict.fromkeys(columns, np.nan) if evals is None else _layer_metrics(evals, columns, place, fit)
         rows.append(dict(name=place['name']) | res | dict(warning=place['warning'] or res['warning']))
     if not rows: raise _no_layer(model, skipped)
