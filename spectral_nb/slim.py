@@ -73,12 +73,14 @@ class SlimDenseNet(DenseNet):
 
     def _predict(self, x):
         x = self.stem(x)
-        for block,trans in self._blocks(): x = trans.conv(F.avg_pool2d(_dense_block(block, trans, x), 2))
+        for block,trans in self._blocks():
+            x = trans.conv(F.avg_pool2d(_dense_block(block, trans, x), 2))
         return self.head.fc(_dense_block(self.block3, self.head, x).mean((2,3)))
 
     def _plain(self, x):
         x = self.stem(x)
-        for block,trans in self._blocks(): x = trans.conv(F.avg_pool2d(_read(trans, _grown(block, x)), 2))
+        for block,trans in self._blocks():
+            x = trans.conv(F.avg_pool2d(_read(trans, _grown(block, x)), 2))
         return self.head.fc(_read(self.head, _grown(self.block3, x)).mean((2,3)))
 
     def __prepare_scriptable__(self):

@@ -74,10 +74,10 @@ def test_light_imports():
     res = python(f'import sys; sys.modules["fastai"]=None; import {", ".join("spectral_nb."+m for m in light)}')
     assert res.returncode==0, res.stderr
 
-LONG = {'00_matrices.ipynb', '01_tail.ipynb', '01b_goodness.ipynb', '02_metrics.ipynb', '03_checkpoints.ipynb', '10_data.ipynb',
-        '11_models.ipynb', '12_precision.ipynb', '20_lr.ipynb', '21_lr_callback.ipynb', '22_baselines.ipynb', '30_ratios.ipynb',
-        '30b_importance.ipynb', '30c_surgery.ipynb', '31_prune.ipynb', '32_prune_callback.ipynb', '40_explain.ipynb',
-        '50_experiment.ipynb', '51_compare.ipynb', '60_cli.ipynb'} # notebooks with lines still to be wrapped: this list only shrinks
+LONG = {'01_tail.ipynb', '01b_goodness.ipynb', '02_metrics.ipynb', '03_checkpoints.ipynb', '10_data.ipynb',
+        '11_models.ipynb', '12_precision.ipynb', '21_lr_callback.ipynb', '22_baselines.ipynb', '30_ratios.ipynb',
+        '30b_importance.ipynb', '31_prune.ipynb', '32_prune_callback.ipynb', '40_explain.ipynb',
+        '51_compare.ipynb', '60_cli.ipynb'} # notebooks with lines still to be wrapped: this list only shrinks
 
 def too_long(nb):
     "What is wrong with the length of exported lines: none over 120 characters, at most 5 % over 100"
