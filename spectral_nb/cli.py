@@ -81,7 +81,7 @@ def spectral_train(
         with unfinished_run(out_folder(out), options, signature(spectral_train), ending) as run:
             _train(run.folder, **run.options)
 
-# %% ../nbs/60_cli.ipynb #fa057985
+# %% ../nbs/60_cli.ipynb #1cc97db5
 def _train(folder, arch, data, lr, metric, fit, max_lr, sched, epochs, bs, items, size, wd, decay, bf16, seed):
     "The work of `spectral_train`."
     from spectral_nb.metrics import analyze
@@ -135,7 +135,7 @@ def spectral_prune(
         with unfinished_run(out_folder(out), options, signature(spectral_prune), ending, digest) as run:
             _prune(run.folder, **run.options)
 
-# %% ../nbs/60_cli.ipynb #8f52f9c7
+# %% ../nbs/60_cli.ipynb #e1c5f126
 def _prune(folder, model, target, by, ratios, importance, data, epochs, max_lr, bs, items, size, seed):
     "The work of `spectral_prune`."
     from spectral_nb.prune import load_slim, prune, save_slim
@@ -160,7 +160,7 @@ def _prune(folder, model, target, by, ratios, importance, data, epochs, max_lr, 
     say(_rows('Accuracy', _frame(rows)))
     say(f'\n{report}\nwritten to {folder}: model.safetensors, layers.csv')
 
-# %% ../nbs/60_cli.ipynb #4eeaf207
+# %% ../nbs/60_cli.ipynb #78d56465
 @call_parse
 def spectral_compare(
     runs:str, # table of runs, a CSV file with one row per run
@@ -230,6 +230,8 @@ def _printable(text, most=80, keep=''):
     text = ''.join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in str(text))
     return text if most is None or len(text)<=most else f'{text[:most//2-3]} ... {text[2-most//2:]}'
 
+_FASTAI = r'^Exception occured in `\w+` when calling event `\w+`:\n\t' # what fastai puts before an error
+
 class _Ending:
     "What is to be said when a command ends too early."
     folder = None # of a run that can be resumed
@@ -253,7 +255,7 @@ def plain_errors(
         _tell(f"{name}: stopped{ending.kept() or ', nothing is kept'}")
         sys.exit(130)                                    # as a shell reports it
     except (ValueError, TypeError, OSError) as e:
-        text = ' '.join(str(e).splitlines())
+        text = ' '.join(re.sub(_FASTAI, '', str(e)).splitlines())
         sys.exit(_printable(f'{name}: {text}{ending.kept()}', 2000))
 
 def _tell(text):
@@ -298,11 +300,13 @@ def _bar_on_stderr():
     try: yield seen
     finally: sys.stdout = out
 
-# %% ../nbs/60_cli.ipynb #2868e63a
-_ALLOCATIONS = ['linear', 'step', 'sqrt', 'log2', 'uniform', 'sigmoid', 'reversed', 'shuffled']
+# %% ../nbs/60_cli.ipynb #7f3f0ee9
+_ALLOCATIONS = ['linear', 'step', 'sqrt', 'log2', 'uniform', 'sigmoid', 'reversed', 'shuffled',
+                'frozen', 'untrained']
 # option -> names
 CHOICES = dict(arch=['vgg19', 'densenet40'], data=['digits', 'cifar10', 'cifar100'],
-    lr=['spectral', *_ALLOCATIONS], fit=['ks', 'hill', 'peak'], conv=['pool', 'flat', 'fft'],
+    lr=['spectral', *_ALLOCATIONS], fit=['ks', 'hill', 'peak', 'weightwatcher', 'tempbalance'],
+    conv=['pool', 'flat', 'fft'],
     decay=['decoupled', 'l2'], sched=['one_cycle', 'cosine'])
 
 def _check(ok, message):
@@ -320,7 +324,7 @@ def _check_training(epochs, max_lr, bs, data='digits', items=None):
     _check(items is None or data!='digits',
            f'items={items}: digits are few and always taken whole, leave --items out')
 
-# %% ../nbs/60_cli.ipynb #d1b832e5
+# %% ../nbs/60_cli.ipynb #8973121c
 # first bytes: zip (PyTorch, NumPy), pickle, an index in JSON; safetensors has its brace after 8 bytes
 _HEADS = (b'PK', b'\x80', b'{', b'\x89HDF', b'GGUF', b'\x93NUMPY', b'\x1f\x8b')
 
@@ -339,7 +343,7 @@ def check_source(
     elif not path.exists():
         _check(not path.suffix and os.sep not in source, f'there is no file {source}')
 
-# %% ../nbs/60_cli.ipynb #91c49295
+# %% ../nbs/60_cli.ipynb #92485acb
 def _inputs(source):
     "The files with weights or runs that `source` stands for."
     path = Path(source)
@@ -380,7 +384,7 @@ def out_folder(
         raise ValueError(f"results cannot be written to {path} ({e.strerror}): {advice}") from None
     return path
 
-# %% ../nbs/60_cli.ipynb #0d367ddb
+# %% ../nbs/60_cli.ipynb #6387e6d4
 STATE = 'state.safetensors' # what an unfinished run keeps in its folder
 _MARK, _DONE = 'unfinished.json', 'run.json'
 
@@ -463,7 +467,7 @@ def _load_pair(source, base):
     random = '' if hasattr(model, 'keys') else ', a network by name: they are random, as before training'
     return model, f'The weights of {source}{random}.', skipped_layers(model)
 
-# %% ../nbs/60_cli.ipynb #c898f46c
+# %% ../nbs/60_cli.ipynb #467f8561
 def _means(df):
     from spectral_nb.metrics import summarize
     return summarize(df)

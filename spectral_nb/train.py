@@ -166,7 +166,7 @@ class ValidLast(Callback):
     def before_validate(self):
         if self.epoch < self.n_epoch-self.n: raise CancelValidException
 
-# %% ../nbs/50_train.ipynb #9f292c26
+# %% ../nbs/50_train.ipynb #71c9084a
 def _packed(o, tensors):
     "`o` as JSON can hold it; its tensors go to `tensors`."
     if isinstance(o, Tensor):
@@ -189,7 +189,7 @@ def _unpacked(o, tensors):
     if 'tuple' in o: return tuple(_unpacked(o['tuple'], tensors))
     return dict(_unpacked(o['items'], tensors))
 
-# %% ../nbs/50_train.ipynb #4745d69e
+# %% ../nbs/50_train.ipynb #59ef6483
 _SEAL = b'"crc":"%08x"' # its place in the header, zero while the sum is taken
 
 def write_state(
@@ -218,7 +218,7 @@ def read_state(
         raise ValueError(f"{file} is damaged, or no state of a fit: delete it to start from the beginning")
     return _unpacked(json.loads(header['state']), load_tensors(data))
 
-# %% ../nbs/50_train.ipynb #ac384064
+# %% ../nbs/50_train.ipynb #c2299c27
 def _generators(dl):
     "The generators that a loader of PyTorch was given."
     owners = dl, dl.sampler, dl.batch_sampler
@@ -296,6 +296,7 @@ class KeepRun(Callback):
     def _save(self, state): write_state(state, self.file)
 
     def _take_up(self, s):
+        if len(s['values'])!=self.start: raise ValueError(f"it has {len(s['values'])} results")
         self.learn.model.load_state_dict(s['model'])
         self.opt.load_state_dict(s['opt'])
         for p,_,memory,_ in self.opt.all_params():       # fastai's optimizers leave it where it was read
@@ -306,7 +307,7 @@ class KeepRun(Callback):
         for k,cb in _states(self.learn.cbs).items(): cb.load_state_dict(s['cbs'][k])
         set_random_states(**s['rng'])
 
-# %% ../nbs/50_train.ipynb #0d0b3637
+# %% ../nbs/50_train.ipynb #c1cfe42f
 def epochs_kept(
     file, # where `KeepRun` keeps the state of a fit
 )->int: # 0 if there is no such file

@@ -17,13 +17,13 @@ root = Path(__file__).parent.parent
 KILLS = 20 if os.environ.get('SPECTRAL_LONG') else 1
 ENV = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=str(root))
 
-def start(code, *args, **kwargs):
-    "A process that runs `code`, with pipes."
-    kwargs = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) | kwargs
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], **kwargs)
+def process(args, **kwargs):
+    "A process with pipes, away from the checkout."
+    kwargs = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, cwd=tempfile.gettempdir()) | kwargs
+    return subprocess.Popen([sys.executable, *map(str, args)], **kwargs)
 
-def command(name, *args, **kwargs):
-    return start(f'import sys; from spectral_nb.cli import {name} as f; sys.argv[0] = "{name}"; f()', *args, **kwargs)
+def start(code, *args, **kwargs): return process(['-c', code, *args], **kwargs)
+def command(name, *args, **kwargs): return process([root/'tests'/'command.py', name, *args], **kwargs)
 
 def results(folder):
     "What a finished run leaves, but for times and places."
@@ -142,15 +142,13 @@ REFUSED = [('spectral_analyze', 'notes.txt'), ('spectral_analyze', 'lost.pt'), (
     ('spectral_train', '--arch', 'vgg91'), ('spectral_train', '--epochs', 0), ('spectral_train', '--out', 'notes.txt'),
     ('spectral_prune', 'lost.safetensors'), ('spectral_prune', 'w.pt', '--target', 2), ('spectral_compare', 'lost.csv'),
     ('spectral_compare', 'notes.txt', '--md', 'notes.txt'), ('spectral_demo', '--epochs', 0)]
-HEAVY = "import sys; from spectral_nb import cli\ntry: getattr(cli, sys.argv[0])()\nfinally: assert not {'torch', 'fastai', 'pandas'} & sys.modules.keys(), 'heavy'"
 
 def test_refused_at_once(tmp_path):
     "What can be checked is checked before anything heavy is imported, and said in one line."
     (tmp_path/'notes.txt').write_text('some text')
     (tmp_path/'w.pt').write_bytes(b'PK\3\4')
     for name,*args in REFUSED:
-        begin = time.time()
-        p = start(HEAVY.replace('import sys;', f'import sys; sys.argv[0] = {name!r};', 1), *args, cwd=tmp_path)
+        p = command(name, *args, cwd=tmp_path, env=ENV | dict(LIGHT='1'))
         out, err = p.communicate()
         assert p.returncode==1 and err.startswith(name+': ') and len(err.strip().splitlines())==1, (name, args, err)
     assert (tmp_path/'w.pt').read_bytes()==b'PK\3\4' and (tmp_path/'notes.txt').read_text()=='some text'
@@ -233,13 +231,15 @@ def test_forged_states(tmp_path):
     "A state with a right checksum and wrong contents ends in one line that names the file."
     file = state_file(tmp_path)
     good = read_state(file)
-    for k in good.keys()-{'epoch', 'n_epoch'}:
+    for k in sorted(good.keys()-{'epoch', 'n_epoch'}):
         for v in (None, 3, [], {}, 'x', {'a': torch.ones(2)}):
             if k=='cbs' and v=={}: continue
             write_state(good | {k: v}, file)
             learn = make_learner(digits_dls(bs=256), 'densenet40', growth=2, depth=10)
             try: fit_run(learn, 1, .05, file=file)
-            except ValueError as e: assert str(file) in str(e) and len(str(e).splitlines())==1, (k, v, e)
+            except ValueError as e:                       # fastai puts a line in front of what a callback says
+                said = str(e).splitlines()[-1]
+                assert said.strip().startswith(str(file)), (k, v, e)
 
 def plain_loaders(kind, workers=0):
     torch.manual_seed(1); random.seed(1)
