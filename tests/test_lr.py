@@ -522,7 +522,7 @@ class Raise(Callback):
     "Raises `ex` once, in the second epoch where there is one, before or after the callbacks of the test."
     def __init__(self, event, ex, order): self.event, self.ex, self.order, self.done = event, ex, order, False
     def __call__(self, event):
-        late = event=='before_fit' or (self.learn.epoch>0 and (not self.training or event not in ('before_batch', 'after_batch', 'before_step') or self.iter==1))
+        late = event=='before_fit' or (getattr(self.learn, 'epoch', 0)>0 and (not self.training or event not in ('before_batch', 'after_batch', 'before_step') or self.iter==1))
         if event==self.event and late and not self.done: self.done = True; raise self.ex
 
 def ended(event, ex, order, cbs):
