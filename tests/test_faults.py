@@ -1,4 +1,5 @@
 "Kills, full disks, closed pipes, damaged files and odd loaders: nothing is lost, nothing half written, and one line says why"
+import os
 import json, os, random, resource, signal, subprocess, sys, tempfile, time
 from itertools import count
 from pathlib import Path
@@ -12,6 +13,8 @@ from spectral_nb.experiment import run_all, run_lr, run_name
 from spectral_nb.models import densenet40
 from spectral_nb.prune import save_slim
 from spectral_nb.train import KeepRun, fit_run, learner_for, make_learner, read_state, write_state
+
+pytestmark = pytest.mark.skipif(os.environ.get('SPECTRAL_LONG')!='1', reason='long: set SPECTRAL_LONG=1')
 
 root = Path(__file__).parent.parent
 KILLS = 20 if os.environ.get('SPECTRAL_LONG') else 1
