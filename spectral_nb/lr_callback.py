@@ -182,7 +182,7 @@ def plot_lrs(self:Learner,
     h = _layer_history(self)
     shown = [o for o in (h, twin) if o is not None]
     if twin is not None and ax is None:
-        ax = plt.subplots(1, 2, figsize=(12, 4), layout='constrained')[1]
+        ax = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')[1]
     axs = [plot_epochs(_by_step(o), value, a) for o,a in zip(shown, [ax] if twin is None else ax)]
     for a in axs:
         if 'step' in h: a.set_xlabel('step')
