@@ -14,7 +14,8 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from fastai.basics import Callback, Learner
 from fastai.callback.schedule import ParamScheduler
-from fastai.optimizer import Lamb, Optimizer, SGD, average_grad, larc_layer_lr, larc_step, weight_decay
+from fastai.optimizer import Lamb, Optimizer, SGD
+from fastai.optimizer import average_grad, larc_layer_lr, larc_step, weight_decay
 from fastai.torch_core import get_model
 from torch import nn, Tensor
 from torch.nn import functional as F
@@ -24,7 +25,8 @@ from .matrices import effective_weight, esd, weight_layers
 from .metrics import evb_rank, knowledge_gain, _check_known
 
 # %% ../nbs/22_baselines.ipynb #1cfe143f
-def _trust_rate(p, lr, **kwargs): return larc_layer_lr(p, lr, **kwargs) if p.ndim>1 else dict(local_lr=lr)
+def _trust_rate(p, lr, **kwargs):
+    return larc_layer_lr(p, lr, **kwargs) if p.ndim>1 else dict(local_lr=lr)
 _trust_rate.defaults = larc_layer_lr.defaults
 
 def lars(
@@ -36,7 +38,8 @@ def lars(
     clip:bool=False, # never exceed the global rate? (LARC)
 )->Optimizer: # fastai optimizer
     "LARS with trust ratios for tensors of two dimensions or more."
-    return Optimizer(params, [weight_decay, average_grad, partial(_trust_rate, clip=clip), larc_step], lr=lr, mom=mom, trust_coeff=trust_coeff, wd=wd, eps=1e-8)
+    steps = [weight_decay, average_grad, partial(_trust_rate, clip=clip), larc_step]
+    return Optimizer(params, steps, lr=lr, mom=mom, trust_coeff=trust_coeff, wd=wd, eps=1e-8)
 
 # %% ../nbs/22_baselines.ipynb #3e256674
 @torch.no_grad()
@@ -68,12 +71,19 @@ class SpectralNormReg(Callback):
         weight:float=0.01, # of the penalty, lambda
         n:int=1, # rounds of power iteration a step
     ):
-        if weight<0 or n<1: raise ValueError(f"weight={weight}, n={n}: the penalty needs a weight of 0 or more and one round or more")
+        if weight<0 or n<1:
+            raise ValueError(f"weight={weight}, n={n}: the penalty needs a weight of 0 or more "
+                             "and one round or more")
         store_attr()
     def before_fit(self): self._u = {}
-    def after_loss(self): self.learn.loss_grad = self.loss_grad + self.weight*sum(map(self._penalty, *zip(*self._weights())))
+    def after_loss(self):
+        penalties = [self._penalty(k, w) for k,w in self._weights()]
+        self.learn.loss_grad = self.loss_grad + self.weight*sum(penalties)
 
-    def _weights(self): return [(k, m.weight) for k,m in weight_layers(get_model(self.model)).items() if isinstance(getattr(m, 'weight', None), Tensor)]
+    def _weights(self):
+        layers = weight_layers(get_model(self.model))
+        ws = [(k, getattr(m, 'weight', None)) for k,m in layers.items()]
+        return [(k, w) for k,w in ws if isinstance(w, Tensor)]
 
     def _penalty(self, name, w):
         mat = w.detach().flatten(1)
@@ -88,7 +98,8 @@ def layer_gain(
     "Knowledge gain of a layer, averaged over inputs and outputs."
     mats = [w.flatten(1)] if w.ndim==2 else [w.flatten(1), w.transpose(0, 1).flatten(1)]
     evals = [esd(m[None], torch.float64) for m in mats]
-    return float(np.mean([knowledge_gain(e, evb_rank(e, max(m.shape), min(m.shape))) for e,m in zip(evals, mats)]))
+    ranks = [evb_rank(e, max(m.shape), min(m.shape)) for e,m in zip(evals, mats)]
+    return float(np.mean([knowledge_gain(e, r) for e,r in zip(evals, ranks)]))
 
 # %% ../nbs/22_baselines.ipynb #18fb6f7b
 def adas_rate(
@@ -100,7 +111,8 @@ def adas_rate(
     zeta:float=1., # weight of the change in gain
 ): # rate in the next epoch; all arguments may be arrays
     "Learning rate that follows the change in knowledge gain."
-    return np.where(np.isclose(gain, 0), start, np.maximum(beta*np.asarray(lr) + zeta*(np.asarray(gain)-before), 1e-10))
+    new = beta*np.asarray(lr) + zeta*(np.asarray(gain)-before)
+    return np.where(np.isclose(gain, 0), start, np.maximum(new, 1e-10))
 
 # %% ../nbs/22_baselines.ipynb #1206985e
 class AdaS(HyperCallback):
@@ -110,7 +122,9 @@ class AdaS(HyperCallback):
         beta:float=0.8, # share of the rate that is kept
         zeta:float=1., # weight of the change in gain
     ):
-        if not 0<=beta<1: raise ValueError(f"beta={beta}: the rate keeps a share of itself that is at least 0 and below 1")
+        if not 0<=beta<1:
+            raise ValueError(f"beta={beta}: the rate keeps a share of itself that is at least 0 "
+                             "and below 1")
         store_attr()
         self._start,self._log = None,[]
 
@@ -125,11 +139,17 @@ class AdaS(HyperCallback):
 
     def after_train(self):
         layers = weight_layers(get_model(self.model))
-        single = [k and isinstance(getattr(layers[k], 'weight', None), Tensor) for k in self._held] # not several, as in an LSTM
-        gains = np.array([layer_gain(effective_weight(layers[k])) if ok else 0. for k,ok in zip(self._held, single)])
-        self._log += [dict(epoch=self.epoch, layer=k, gain=g, lr=r) for k,g,r in zip(self._held, gains, self._rates) if k]
-        if self._gains is not None: self._rates = adas_rate(self._rates, gains, self._gains, self._start, self.beta, self.zeta)
+        gains = np.array([self._gain(layers.get(k)) for k in self._held])
+        rows = [dict(layer=k, gain=g, lr=r) for k,g,r in zip(self._held, gains, self._rates) if k]
+        self._log += [dict(epoch=self.epoch) | row for row in rows]
+        if self._gains is not None:
+            self._rates = adas_rate(self._rates, gains, self._gains, self._start, self.beta, self.zeta)
         self._gains = gains
+
+    def _gain(self, m):
+        # a layer with several weights, such as an LSTM, has no gain of its own
+        single = isinstance(getattr(m, 'weight', None), Tensor)
+        return layer_gain(effective_weight(m)) if single else 0.
 
     def restore(self):
         "Puts the given rates back."
@@ -173,7 +193,8 @@ def baseline_learner(
     "A learner for `model` that trains by the method `name`."
     _check_known('baseline', name, BASELINES)
     b = BASELINES[name]
-    return Learner(dls, model, opt_func=b.opt_func, splitter=layer_groups, cbs=[f() for f in b.cbs]+L(cbs), **kwargs)
+    cbs = [f() for f in b.cbs] + L(cbs)
+    return Learner(dls, model, opt_func=b.opt_func, splitter=layer_groups, cbs=cbs, **kwargs)
 
 def fit_baseline(
     learn:Learner, # from `baseline_learner`

@@ -254,7 +254,8 @@ class LayerAllocator:
         "The network whose spectra decide."
         if self._control!='untrained': return model
         from spectral_nb.null import untrained
-        return untrained(model, 1000*self._seed + o['step' if self.every else 'epoch'])
+        # far from the seeds of runs: the twin must not be drawn like the network itself was
+        return untrained(model, 10**6 + 1000*self._seed + o['step' if self.every else 'epoch'])
 
     def _multiply(self, o):
         "Multiplier of each layer, with the notes that go with them."

@@ -531,22 +531,21 @@ def ended(event, ex, order, cbs):
     learn.create_opt()
     learn.opt.set_hypers(wd=0.03)
     seen, stop = [], Raise(event, ex, order)
-    try: learn.fit(3, slice(LR/16, LR), cbs=[*cbs, stop])
+    try: learn.fit(2, slice(LR/16, LR), cbs=[*cbs, stop])
     except tuple(EXCEPTIONS): pass
     assert stop.done
     seen.append([dict(h) for h in learn.opt.hypers])
     learn.fit(1, LR, cbs=(rec := UsedRates()))
     return seen + [[dict(h) for h in learn.opt.hypers], rec.seen], learn
 
-@pytest.mark.parametrize('order', [-20, 59, 75])
 @pytest.mark.parametrize('event', EVENTS)
-def test_hypers_go_back_however_a_fit_ends(event, order):
+def test_hypers_go_back_however_a_fit_ends(event):
     "As if there had been no callback: what is left in the optimizer, and what the next fit uses."
-    for ex in EXCEPTIONS:
+    for ex,order in zip(EXCEPTIONS, [59, 75, -20]*4):
         plain, _ = ended(event, ex, order, [])
         used, learn = ended(event, ex, order, [SpectralLR(), SpectralWD()])
         assert used==plain, ex
-        assert 'all_batches' not in learn.__dict__ or event in ('before_epoch', 'before_train')
+        assert 'all_batches' not in learn.__dict__
 
 @pytest.mark.parametrize('where', ['forward', 'step', 'data'])
 def test_interrupts_outside_of_events(where):
@@ -648,7 +647,7 @@ def test_untrained_multipliers_are_those_of_the_twin():
     null = pytest.importorskip('spectral_nb.null')
     learn, rec = make(cbs=SpectralLR(how='untrained')), UsedRates()
     learn.fit(EPOCHS, 0.1, cbs=rec)
-    scores = [layer_scores(null.untrained(learn.model, e)).score for e in range(EPOCHS)]
+    scores = [layer_scores(null.untrained(learn.model, 10**6+e)).score for e in range(EPOCHS)]
     h = learn.spectral_lr.history
     np.testing.assert_allclose(h.score, np.concatenate(scores), rtol=1e-12)
     np.testing.assert_allclose(h.mult.to_numpy().reshape(EPOCHS, 5)[:, 1:-1], [assign_lr(s[1:-1], 1.) for s in scores], rtol=1e-12)
@@ -659,8 +658,8 @@ def test_short_spectra_stay_out():
     assert learn.spectral_lr.history.note.tolist()==['first or last layer', '', '', '24 eigenvalues, fewer than 30', 'first or last layer']
 
 def test_windows_reach_the_scores():
-    learn = make(cbs=[SpectralLR(aspect=0.5), SpectralWD(aspect=0.5)], wd=0.1)
-    expected = layer_scores(learn.model, aspect=0.5).score.tolist()
+    learn = make(cbs=[SpectralLR(aspect=1.5), SpectralWD(aspect=1.5)], wd=0.1)
+    expected = layer_scores(learn.model, aspect=1.5).score.tolist()
     learn.fit(1)
     assert learn.spectral_lr.history.score.tolist()==learn.spectral_wd.history.score.tolist()==expected!=layer_scores(learn.model).score.tolist()
 
