@@ -102,7 +102,8 @@ def _norm_shapes(name, n):
 def _vgg_shapes(c, count):
     "Names and shapes of all tensors of the VGG with the config `c`, checked."
     cfg = c['cfg']
-    _need(isinstance(cfg, list) and all(v=='M' or _is_count(v) for v in cfg), "cfg is no list of widths and 'M'")
+    good = isinstance(cfg, list) and all(v=='M' or _is_count(v) for v in cfg)
+    _need(good, "cfg is no list of widths and 'M'")
     widths = [v for v in cfg if v!='M']
     _need(6*len(widths)+2==count, f"{len(widths)} widths are {6*len(widths)+2} tensors, not {count}")
     _need(widths and cfg.count('M')<=len(cfg)/2, "there are more pools than convolutions")
@@ -160,7 +161,8 @@ def _own_shapes(config, count):
     _need(isinstance(arch, str) and arch in _SCHEMAS, f"{arch!r:.40} is no architecture of {[*_SCHEMAS]}")
     c = {k: v for k,v in config.items() if k!='arch'}
     _need(c.keys()==set(_SCHEMAS[arch]), f"a {arch} has the entries {', '.join(_SCHEMAS[arch])}")
-    for k in ('n_out', 'c_in', 'growth', 'depth'): _need(k not in c or _is_count(c[k]), f"{k} is no width")
+    for k in ('n_out', 'c_in', 'growth', 'depth'):
+        _need(k not in c or _is_count(c[k]), f"{k} is no width")
     return _SHAPES[arch](c, count)
 
 def _check_types(header):
