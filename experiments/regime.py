@@ -3,10 +3,10 @@
 Of the 50,000 training images 10,000 train (`items`), 20,000 choose, 20,000 confirm together with the 10,000 test images.
 Stop it at any time and start it again: what is finished is not done again, and what was cut off goes on from its last epoch.
 """
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 import pandas as pd, torch
-from fastai.basics import Callback, SGD, set_seed
+from fastai.basics import Callback
 from fastai.torch_core import get_model
 from spectral_nb.data import ImageTensors, cifar_path, folder_images, stratified, tensor_dls, _resize
 from spectral_nb.experiment import WIDTHS, fit_run, make_learner, run_all, run_name

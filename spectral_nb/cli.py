@@ -94,7 +94,7 @@ def _train(folder, arch, data, lr, metric, fit, max_lr, sched, epochs, bs, items
     bar = TotalBar(n_batches(dls, epochs), f'{arch}, {lr} rates')
     res = fit_run(learn, epochs, max_lr, seed, bar, file=folder/STATE, sched=sched)
     df, history = analyze(learn.model, fit, progress=False), learn.spectral_lr.history
-    _write_model(folder/'model.safetensors', save_slim, learn.model)
+    save_slim(learn.model, folder/'model.safetensors')
     _write_table(history, folder/'history.csv')
     _write_table(df.assign(fit=fit), folder/'layers.csv')
     last = history[history.epoch==history.epoch.max()]
@@ -152,7 +152,7 @@ def _prune(folder, model, target, by, ratios, importance, data, epochs, max_lr, 
         dls = _dls(data, bs, seed, items, size)           # a resumed run has to see the same passes
         learn = learner_for(dls, report.model)
         rows.append(dict(step='fine-tuned') | fit_run(learn, epochs, max_lr, seed, bar, file=folder/STATE))
-    _write_model(folder/'model.safetensors', save_slim, report.model)
+    save_slim(report.model, folder/'model.safetensors')
     _write_table(report.table, folder/'layers.csv')
     cols = ['layer', 'score', 'ratio', 'channels_before', 'channels_after', 'params_after', 'flops_after']
     how = signature(prune).parameters
@@ -439,7 +439,7 @@ def _start(folder, options, digest):
     "Leave the mark, and clear away what does not belong to this run."
     if not (folder/_MARK).exists(): (folder/STATE).unlink(missing_ok=True)
     _write_text(folder/_MARK, dumps(dict(options=options, input=digest), indent=1))
-    from spectral_nb.data import sweep
+    from spectral_nb.files import sweep
     sweep(folder)
 
 # %% ../nbs/60_cli.ipynb #35c7fa09
@@ -478,16 +478,13 @@ def _as_json(df, source, fit, conv):
     return dumps(dict(source=source, fit=fit, conv=conv, means=means, layers=layers), indent=1)
 
 def _write_text(path, text):
-    from spectral_nb.data import whole_file
+    from spectral_nb.files import whole_file
     with whole_file(path) as part: part.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 def _write_table(df, path):
-    from spectral_nb.data import write_table
+    from spectral_nb.files import write_table
     write_table(df, path)
 
-def _write_model(path, save, model):
-    from spectral_nb.data import whole_file
-    with whole_file(path) as part: save(model, part)
 
 def _dls(data, bs, seed, items=None, size=None):
     "The loaders that the options of a command ask for."

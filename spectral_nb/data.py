@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = ['CIFAR', 'DATA', 'ImageTensors', 'digits', 'stratified', 'random_crops', 'TensorDL', 'channel_stats', 'tensor_dls',
-           'digits_dls', 'sweep', 'whole_file', 'csv_text', 'write_table', 'folder_images', 'cifar_path', 'cifar_dls']
+           'digits_dls', 'folder_images', 'cifar_path', 'cifar_dls', 'csv_text', 'sweep', 'whole_file', 'write_table']
 
 # %% ../nbs/10_data.ipynb #c1e22773
-import errno, hashlib, json, os, platform, random, re, secrets, shutil, time, warnings
-from contextlib import contextmanager, suppress
-from csv import QUOTE_MINIMAL, QUOTE_NONNUMERIC
+import hashlib, json, os, random, warnings
 from functools import partial
-from glob import escape
-import pandas as pd, torch
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from safetensors import SafetensorError, safe_open
@@ -24,6 +21,9 @@ from fastai.vision.data import *
 from fastai.vision.core import *
 from fastai.data.all import *
 from fastai.losses import CrossEntropyLossFlat
+from .files import csv_text, sweep, whole_file, write_table
+
+_all_ = ['csv_text', 'sweep', 'whole_file', 'write_table']
 
 # %% ../nbs/10_data.ipynb #54fc8a07
 class ImageTensors:
@@ -156,91 +156,6 @@ def digits_dls(
     ds = digits(size, c_in)
     valid, train = stratified(ds.y, round(len(ds)*valid_pct), split_seed)
     return tensor_dls(ds.subset(train), ds.subset(valid), bs, seed, pad, device=device)
-
-# %% ../nbs/10_data.ipynb #1d08f167
-_HERE = re.sub(r'\W', '', platform.node())[:20] or 'host' # part of the names, for folders that computers share
-
-def _is_left_over(part):
-    "Is `part` from a process that is gone, or a day old?"
-    made = re.search(r'\.(\w+)-(\d+)-\w+\.part', part.name)
-    if made and made[1]==_HERE and os.name!='nt':
-        try: os.kill(int(made[2]), 0)                    # asks only: there is no signal 0
-        except ProcessLookupError: return True
-        except OSError: return False
-    return time.time()-part.stat().st_mtime > 24*3600
-
-def sweep(
-    path, # a file, or a folder for all files in it
-):
-    "Remove what killed processes have left of `path`."
-    path = Path(path)
-    folder, name = (path, '*') if path.is_dir() else (path.parent, escape(path.name[:100]))
-    for part in folder.glob(f'.{name}.*.part*'):
-        try:
-            if _is_left_over(part): part.unlink()
-        except OSError: pass                             # another process was faster, or it is not ours to remove
-
-# %% ../nbs/10_data.ipynb #c92e4291
-_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO # where the free space is worth telling
-
-def _not_written(path, e):
-    "The error that says why `path` could not be written."
-    said = re.search(r'I/O error: (.*) \(os error (\d+)\)', str(e))   # safetensors' way
-    if isinstance(e, SafetensorError) and not said: return ValueError(f"{path} cannot be written: {e}")
-    why, number = (said[1], int(said[2])) if said else (e.strerror or str(e), e.errno)
-    if isinstance(e, FileExistsError): why = f"{e.filename} is a file, not a folder"
-    free = ''
-    if number in _FULL: free = f', {shutil.disk_usage(Path(path).absolute().parent).free/1e6:,.1f} MB are free there'
-    res = OSError(f"{path} cannot be written: {why}{free}")
-    res.errno = number
-    return res
-
-# %% ../nbs/10_data.ipynb #9b0ee87c
-@contextmanager
-def whole_file(
-    path, # file to write; its folder is made
-): # a new file beside it, to write to
-    "What is written to the file that this gives becomes `path` when all has gone well, and vanishes when not."
-    target = Path(os.path.realpath(path))                # what a link points to is replaced, not the link
-    part = target.with_name(f'.{target.name[:100]}.{_HERE}-{os.getpid()}-{secrets.token_hex(4)}.part')
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target)
-        os.close(os.open(part, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o666))
-        rights = part.stat().st_mode & 0o777             # those that the user's umask leaves; safetensors has its own
-        yield part
-        os.chmod(part, rights)
-        with open(part, 'rb+') as f: os.fsync(f.fileno()) # some disks notice only now that they are full
-        part.replace(target)
-    except (OSError, SafetensorError) as e: raise _not_written(path, e) from None
-    finally:
-        with suppress(OSError): part.unlink()
-
-# %% ../nbs/10_data.ipynb #3df01492
-def _no_formula(v):
-    "`v`, with an apostrophe in front if a spreadsheet would compute it."
-    if not isinstance(v, str) or not v.startswith(('=', '+', '-', '@', '\t', '\r')): return v
-    try: return v if float(v)==float(v) else "'"+v
-    except ValueError: return "'"+v
-
-def csv_text(
-    df:pd.DataFrame, # a table
-    formulas:bool=False, # leave text alone that a spreadsheet takes for a formula?
-)->str: # lines of comma-separated values, the names of the columns first
-    "The table as CSV that any reader splits in the same way."
-    if not formulas: df = df.rename(columns=_no_formula).map(_no_formula)
-    text = [*df.columns, *df.select_dtypes(exclude=['number', 'bool']).to_numpy().flatten()]
-    odd = any('\r' in v for v in text if isinstance(v, str))   # which csv leaves without quotes
-    return df.to_csv(index=False, quoting=QUOTE_NONNUMERIC if odd else QUOTE_MINIMAL)
-
-def write_table(
-    df:pd.DataFrame, # a table
-    path, # file to write; its folder is made
-    formulas:bool=False, # see `csv_text`
-)->Path: # the file
-    "Write the table as CSV, whole or not at all."
-    with whole_file(path) as part: part.write_text(csv_text(df, formulas), encoding='utf-8', errors='backslashreplace')
-    return Path(path)
 
 # %% ../nbs/10_data.ipynb #181946bc
 def _listing(folder):

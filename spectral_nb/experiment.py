@@ -25,7 +25,8 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from fastai.basics import set_seed
 from .baselines import lars
-from .data import DATA, tensor_dls, whole_file, write_table
+from .data import DATA, tensor_dls
+from .files import whole_file, write_table
 from .metrics import analyze
 from .models import build_model, macs, n_params
 from .prune import load_slim, prune, save_slim
@@ -365,7 +366,7 @@ def trained_network(
             learn = make_learner(dls, arch, 'uniform', seed, **{WIDTHS[arch]: width})
             if l1: learn.add_cb(GammaL1(l1))
             fit_run(learn, epochs, lr, seed, file=home/STATE, last=1)
-            with whole_file(file) as part: save_slim(learn.model, part)
+            save_slim(learn.model, file)
         (home/STATE).unlink(missing_ok=True)
     return load_slim(file)
 

@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .metrics import _check_known
 
@@ -200,14 +201,17 @@ def eval_mode(
 # %% ../nbs/11_models.ipynb #1c6368b0
 def layer_macs(
     model:nn.Module, # any PyTorch model
-    example:Tensor, # a batch of inputs, shape (n, c, h, w)
+    example, # a batch of inputs, shape (n, c, h, w) for images, in the form that `run` takes
+    run=None, # function of `model` and `example` that predicts, None to call the model
 )->dict: # module name -> multiply-adds for one item; '' is the whole model
     "Multiply-adds of `model` and of each module in it."
-    counter = FlopCounterMode(display=False)
-    with eval_mode(model), torch.enable_grad(), counter: model(example)      # as in training, without short cuts
-    counts, root = counter.get_flop_counts(), type(model).__name__
-    return {'': counter.get_total_flops()//2//len(example),
-            **{k.removeprefix(root+'.'): sum(v.values())//2//len(example) for k,v in counts.items() if k.startswith(root+'.')}}
+    counter, root = FlopCounterMode(display=False), type(model).__name__
+    n = len(next(t for t in tree_leaves(example) if isinstance(t, Tensor)))
+    with eval_mode(model), torch.enable_grad(), counter:                     # as in training, without short cuts
+        run(model, example) if run else model(example)
+    counts = {k: sum(v.values())//2//n for k,v in counter.get_flop_counts().items()}
+    inner = {k.removeprefix(f'{root}.'): v for k,v in counts.items() if k.startswith(f'{root}.')}
+    return {'': counter.get_total_flops()//2//n} | inner
 
 def macs(
     model:nn.Module, # any PyTorch model

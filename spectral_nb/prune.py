@@ -22,11 +22,10 @@ from fastcore.basics import listify
 from fastcore.meta import delegates
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 from .importance import IMPORTANCES
 from .metrics import layer_scores, _check_known
 from .models import VGG, DenseNet, Reader, Head, Transition
-from .models import dense_outs, trunk_widths, eval_mode, n_params
+from .models import dense_outs, trunk_widths, eval_mode, layer_macs, n_params
 from .ratios import channel_ratios, hand_ratios
 from .slim import PruneReport, SlimDenseNet, save_slim, load_slim, spectra_change
 from .slim import _CLASSES, _build_like
@@ -186,11 +185,7 @@ def _countable():
 
 def _layer_macs(model, example):
     "Multiply-adds of `model`, as '', and of each module in it, for one item of `example`."
-    counter, n, root = FlopCounterMode(display=False), len(example_tensors(example)[0]), type(model).__name__
-    with _countable(), eval_mode(model), torch.enable_grad(), counter: call_model(model, example)
-    counts = {k: sum(v.values())//2//n for k,v in counter.get_flop_counts().items()}
-    inner = {k.removeprefix(f'{root}.'): v for k,v in counts.items() if k.startswith(f'{root}.')}
-    return {'': counter.get_total_flops()//2//n} | inner
+    with _countable(): return layer_macs(model, example, call_model)
 
 def _takes(model):
     "What `model` wants to be given."

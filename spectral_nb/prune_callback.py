@@ -27,7 +27,8 @@ from .matrices import weight_layers
 from .models import VGG, DenseNet
 from .prune import SLICES, prune, _arch, _unit_scores
 from .ratios import RATIOS
-from .slim import load_slim, save_slim, _opened, _read_meta, _whole
+from .files import whole_file
+from .slim import load_slim, save_slim, _opened, _read_meta
 from .surgery import cut_tensor
 
 # %% ../nbs/32_prune_callback.ipynb #3e08ca80
@@ -227,7 +228,7 @@ def save_pruned(self:Learner,
     meta = dict(state=other, hypers=hypers, frozen=frozen, count=sd.get('count'))
     meta = {k: json.dumps(v) for k,v in meta.items()}        # what cannot be written is said before any file is
     path = save_slim(get_model(self.model), path, prune=dict(done=cb.done, counts=cb.counts, rows=cb.rows) if cb else None)
-    with _whole(_opt_file(path)) as tmp: save_file(tensors, tmp, meta)
+    with whole_file(_opt_file(path)) as tmp: save_file(tensors, tmp, meta)
     return path
 
 # %% ../nbs/32_prune_callback.ipynb #7e3a769b

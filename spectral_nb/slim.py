@@ -6,7 +6,7 @@
 __all__ = ['SlimDenseNet', 'save_slim', 'load_slim', 'PruneReport', 'spectra_change']
 
 # %% ../nbs/30d_slim.ipynb #24343ac5
-import errno, json, os, re, secrets, shutil, stat
+import json
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
+from .files import whole_file
 from .metrics import analyze, _check_known
 from .models import VGG, DenseNet, dense_outs, trunk_widths
 from .surgery import unwrapped, _layout
@@ -223,30 +224,6 @@ def _check_narrow(model, config, header):
         _need((dtype in _FLOATS)==full[k].is_floating_point(), f"{k} holds {dtype}, not {full[k].dtype}")
     _check_widths(model, config['widths'], header)
 
-# %% ../nbs/30d_slim.ipynb #2586cfd3
-def _cannot_write(path, e):
-    "The error `e` in one line that names the file and, if the disk is full, what is free."
-    found = re.search(r'os error (\d+)', str(e))
-    code = getattr(e, 'errno', None) or int(found[1] if found else errno.EIO)
-    full = code in (errno.ENOSPC, errno.EDQUOT)
-    free = f", {shutil.disk_usage(path.parent).free:,} bytes are free" if full else ''
-    return OSError(code, f"{path} cannot be written: {os.strerror(code)}{free}")
-
-@contextmanager
-def _whole(path):
-    "A new file beside `path` that takes its place when all is written."
-    tmp = path.with_name(f'.{os.getpid()}-{secrets.token_hex(4)}.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.touch(exist_ok=False)
-        mode = stat.S_IMODE(tmp.stat().st_mode)          # safetensors would leave it to the owner alone
-        yield tmp
-        tmp.chmod(mode)
-        tmp.replace(path)
-    except (OSError, SafetensorError) as e: raise _cannot_write(path, e) from e
-    finally:
-        if tmp.exists(): tmp.unlink()
-
 # %% ../nbs/30d_slim.ipynb #e5d16e91
 _FORMAT, _VERSION = 'spectral_nb.slim', 1
 
@@ -296,7 +273,7 @@ def save_slim(
     tensors, tied, extra = _contents(model)
     entries = dict(config=_config(model)) | tied | extra | meta
     text = {k: _as_json(f"the entry {k}", v) for k,v in entries.items()}
-    with _whole(path) as tmp:
+    with whole_file(path) as tmp:
         save_file(tensors, tmp, metadata=dict(format=_FORMAT, version=str(_VERSION)) | text)
     return path
 

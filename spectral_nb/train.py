@@ -24,7 +24,8 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.load import DataLoader
 from fastai.learner import SkipToEpoch
 from fastai.torch_core import get_random_states, num_distrib, set_random_states
-from .data import TensorDL, whole_file
+from .data import TensorDL
+from .files import whole_file
 from .metrics import _check_known
 from .models import ARCHS
 from .lr import ASSIGN, layer_groups

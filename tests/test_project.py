@@ -70,7 +70,7 @@ def test_no_nbdev_for_users():
 def test_light_imports():
     res = python('import sys, spectral_nb; assert not {"torch","fastai","pandas"} & sys.modules.keys()')
     assert res.returncode==0, res.stderr
-    light = [m for m in ('matrices','tail','goodness','metrics','null','checkpoints','plots','report','model_report','models','groups','lr','ratios') if (root/'spectral_nb'/f'{m}.py').exists()]
+    light = [m for m in ('matrices','tail','goodness','metrics','null','checkpoints','files','plots','report','model_report','models','groups','lr','ratios') if (root/'spectral_nb'/f'{m}.py').exists()]
     res = python(f'import sys; sys.modules["fastai"]=None; import {", ".join("spectral_nb."+m for m in light)}')
     assert res.returncode==0, res.stderr
 
